@@ -1,0 +1,684 @@
+"""Recursive Masked Diffusion Models (R-MDM) in one file: all of it in this file.
+
+A masked diffusion model fills in MASK tokens over T denoising steps. R-MDM applies the same denoising
+transformer L times inside each step, so depth grows without parameters. This works on any sequence of
+discrete tokens; the file needs PyTorch and tqdm, nothing else of ours, and can be copied alone.
+
+References
+    [R]  Recursive Masked Diffusion Models, arXiv 2606.18022
+    [L]  LoopMDM: selective looping, adaptive loop count, arXiv 2605.26106
+    [S]  Scaling Beyond Masked Diffusion Language Models, arXiv 2602.15014 (the "simple" objective)
+    [M]  Simplified and Generalized Masked Diffusion, arXiv 2406.04329; MDLM, arXiv 2406.07524 (eqs. 1, 3)
+    [K]  Train for the Worst, Plan for the Best, arXiv 2502.06768 (the order matters: margin)
+
+Map: equation numbers (1) to (7) are this project's own; the README lists them.
+    1. Schedule and forward process    eqs. (1), (3)    alpha, nelbo_weight, sample_t, corrupt
+    2. Recursive transformer           eqs. (2), (7)    Config, Layer, RMDM
+    3. Loss                            eqs. (3) to (5)  loop_weights, loss, nelbo
+    4. Sampler                         eqs. (6), (7)    sample
+    5. Training loop, checkpoints                       TrainConfig, train, save, load
+
+Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
+T denoising steps. x0 (B, N) int64 clean tokens; x_t the same, partly MASK; t (B,) in (0, 1]; `editable`
+(B, N) bool, True = may be masked: clues, prompts and padding are False and never change.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+MASK = 0  # the mask token; task tokens are 1..V-1
+
+
+class BadInput(ValueError):
+    """What the person at the keyboard can mend: told in one line, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Schedule and forward process, eqs. (1) and (3)
+# ---------------------------------------------------------------------------------------------------
+
+
+def alpha(t):
+    """Probability that a token is still visible at time t: linear, alpha_t = 1 - t, eq. (1)."""
+    return 1 - t
+
+
+def nelbo_weight(t):
+    """-alpha'_t / (1 - alpha_t), eq. (3). With alpha_t = 1 - t the derivative is -1, so this is 1/t."""
+    return 1 / (1 - alpha(t))
+
+
+def sample_t(n, generator=None, device=None):
+    """n times in (0, 1], one in each of n equal strata: uniform, with less variance than n free draws."""
+    u = torch.rand(n, generator=generator, device=device)
+    return 1 - (torch.arange(n, device=device) + u) / n
+
+
+def corrupt(x0, t, editable, generator=None):
+    """Forward process, eq. (1): each editable token becomes MASK independently with probability 1 - alpha_t.
+
+    Returns x_t (B, N) and `masked` (B, N) bool, True = is MASK now and was not given."""
+    u = torch.rand(x0.shape, generator=generator, device=x0.device)
+    masked = editable & (u < 1 - alpha(t)[:, None])
+    return torch.where(masked, MASK, x0), masked
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Recursive transformer, eqs. (2) and (7)
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """The model. Everything here travels in a checkpoint.
+
+    coords gives each position its coordinates, one embedding table per axis, summed (our choice: on
+    Sudoku a single table of 81 stays on its plateau far longer). An int n stands for a plain sequence of
+    n positions, one axis."""
+
+    vocab: int  # V: tokens, MASK included
+    coords: tuple  # N rows of as many integers as there are axes, or an int N
+    width: int = 64  # d: 64 to 128 is what a CPU can train in minutes
+    heads: int = 2  # of 32 dimensions at d = 64: as good as 4 and faster on a CPU
+    layers: int = 1  # K: layers of the shared block
+    loops: int = 8  # L: loops in training (the largest, if sampled) and, by default, in sampling
+    head: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
+    tail: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
+    loop_embedding: bool = True  # v^l of eq. (2)
+    loop_norm: bool = True  # Norm of eq. (2)
+    time: bool = False  # t enters f; off: the number of MASKs already tells t
+    inject: bool = False  # add h^0 again at every loop; not in the paper
+
+    def __post_init__(self):
+        if isinstance(self.coords, int):
+            self.coords = tuple((i,) for i in range(self.coords))
+        if min(self.width, self.heads, self.layers, self.loops) < 1 or self.width % self.heads:
+            raise BadInput("width, heads, layers and loops are at least 1, and heads divides width")
+
+
+class Layer(nn.Module):
+    """One bidirectional pre-norm transformer layer, (B, N, d) -> (B, N, d)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)  # LayerNorm: torch fuses it on every device, RMSNorm not on CPU
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, h):
+        B, N, d = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(B, N, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v)  # every position sees every other
+        h = h + self.out(a.transpose(1, 2).reshape(B, N, d))
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
+
+
+class RMDM(nn.Module):
+    """The denoiser p_theta(x0 | x_t) of eq. (2):
+
+        h^0 = E(x_t, t)
+        h^l = f_theta(Norm(h^{l-1} + v^l), t),   l = 1..L,   f: K layers, the same for all loops
+        p_theta(x0 | x_t) = softmax D(h^L)
+
+    and of eq. (7), where `head` layers end E and `tail` layers begin D, so that one read-off after any
+    loop means: tail layers, Norm, linear map. Only h carries information from loop to loop."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.register_buffer("coords", torch.tensor(c.coords), persistent=False)  # (N, axes)
+        self.token = nn.Embedding(c.vocab, c.width)
+        self.place = nn.ModuleList(nn.Embedding(n, c.width) for n in (self.coords.amax(0) + 1).tolist())
+        if c.time:
+            self.time = nn.Linear(16, c.width)
+        self.head = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.head))
+        self.block = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.layers))
+        self.tail = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.tail))
+        if c.loop_embedding:
+            self.loop = nn.Embedding(c.loops, c.width)
+        self.loop_norm = nn.LayerNorm(c.width) if c.loop_norm else nn.Identity()
+        self.norm = nn.LayerNorm(c.width)
+        self.unembed = nn.Linear(c.width, c.vocab - 1)  # no logit for MASK
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=m.in_features**-0.5)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+            elif isinstance(m, nn.Embedding):
+                nn.init.normal_(m.weight, std=0.5)
+        nn.init.zeros_(self.unembed.weight)  # start from equal probabilities
+        if c.loop_embedding:
+            nn.init.zeros_(self.loop.weight)  # start with all loops alike
+
+    def encode(self, x_t, t):
+        """E: h^0 (B, N, d), and the time vector (B, 1, d) or 0 that every loop gets as well."""
+        h = self.token(x_t) + sum(table(self.coords[:, i]) for i, table in enumerate(self.place))
+        c = h.new_zeros(len(h), 1, 1)
+        if self.config.time:
+            angle = t[:, None] * math.pi * 2.0 ** torch.arange(-1, 7, device=t.device)
+            c = self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
+        h = h + c
+        for layer in self.head:
+            h = layer(h)
+        return h, c
+
+    def recur(self, h, l, h0, c):
+        """One loop of eq. (2): h^{l-1} -> h^l, l counted from 1."""
+        h = h + c
+        if self.config.loop_embedding:
+            h = h + self.loop.weight[min(l, self.config.loops) - 1]
+        if self.config.inject:
+            h = h + h0
+        h = self.loop_norm(h)
+        for layer in self.block:
+            h = layer(h)
+        return h
+
+    def decode(self, h):
+        """D: (B, N, d) -> logits (B, N, V); MASK has -inf, that is, no probability."""
+        for layer in self.tail:
+            h = layer(h)
+        return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
+
+    def infer(self, x_t, t, loops=None, eps=0.0):
+        """For sampling: logits (B, N, V) of the last loop and the loops used (B,).
+
+        eps > 0 stops an example at loop k once ||h^k - h^{k-1}|| / ||h^k|| < eps, eq. (7); `loops` is the
+        limit then. An example that stops costs nothing more."""
+        loops = loops or self.config.loops
+        if not eps:
+            return self(x_t, t, loops)[0], torch.full_like(x_t[:, 0], loops)
+        h0, c = self.encode(x_t, t)
+        h, used = h0.clone(), torch.zeros_like(x_t[:, 0])
+        going = torch.arange(len(x_t), device=x_t.device)
+        for l in range(1, loops + 1):
+            old = h[going]
+            new = self.recur(old, l, h0[going], c[going])
+            h[going], used[going] = new, l
+            change = (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
+            going = going[change >= eps]
+            if not len(going):
+                break
+        return self.decode(h), used
+
+    def flops(self, loops, reads=1):
+        """Floating-point operations of one example's forward pass (matrix products only), `reads` read-offs."""
+        c, N = self.config, len(self.coords)
+        layer = N * (24 * c.width**2 + 4 * N * c.width)
+        return (c.head + loops * c.layers + reads * c.tail) * layer + reads * N * 2 * c.width * (c.vocab - 1)
+
+    def forward(self, x_t, t, loops=None, read=None):
+        """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last)."""
+        loops = loops or self.config.loops
+        read = read or (loops,)
+        h0, c = self.encode(x_t, t)
+        h, out = h0, []
+        for l in range(1, loops + 1):
+            h = self.recur(h, l, h0, c)
+            if l in read:
+                out.append(h)
+        return self.decode(torch.cat(out)).view(len(out), *x_t.shape, -1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Loss, eqs. (3) to (5)
+# ---------------------------------------------------------------------------------------------------
+
+
+def loop_weights(supervise, loops):
+    """Weight of the cross-entropy at each loop, eq. (5): a list of L numbers that sum to 1.
+
+    supervise: "all" (equal weights), "final", "growing" (in proportion to l) or a number M, the last M
+    loops alone (our reading of the paper's "truncated" supervision)."""
+    if supervise == "growing":
+        w = list(range(1, loops + 1))
+    else:
+        if supervise not in ("all", "final") and not (supervise.isdecimal() and int(supervise)):
+            raise BadInput(f"supervise is all, final, growing or a number from 1, not {supervise!r}")
+        last = {"all": loops, "final": 1}.get(supervise) or int(supervise)
+        w = [int(l > loops - last) for l in range(1, loops + 1)]
+    return [x / sum(w) for x in w]
+
+
+def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None):
+    """Training loss: the mean over supervised loops of eq. (3) or (4), in nats per editable token.
+
+    objective: "elbo", eq. (3), or "simple", eq. (4): the same without the weight 1/t. Both divide by the
+    number of editable tokens in the batch, so that one learning rate suits both. Not by the number masked:
+    that would differ by a factor of about 2; nor example by example: that is the any-order objective.
+    Returns (loss, share of masked tokens that the last loop predicts right)."""
+    loops = loops or model.config.loops
+    weights = loop_weights(supervise, loops)
+    read = [l for l in range(1, loops + 1) if weights[l - 1]]
+    t = sample_t(len(x0), generator, x0.device)
+    x_t, masked = corrupt(x0, t, editable, generator)
+    logits = model(x_t, t, loops, read)
+    ce = F.cross_entropy(logits.flatten(0, 2).float(), x0.repeat(len(read), 1).flatten(), reduction="none")
+    ce = (ce.view(len(read), *x0.shape) * masked).sum(2)  # (loops read, B)
+    if objective == "elbo":
+        ce = ce * nelbo_weight(t)
+    w = torch.tensor([weights[l - 1] for l in read], device=x0.device)
+    right = ((logits[-1].argmax(-1) == x0) & masked).sum() / masked.sum().clamp(min=1)
+    return (w @ ce).sum() / editable.sum().clamp(min=1), right
+
+
+@torch.no_grad()
+def nelbo(model, x0, editable, loops=None, generator=None):
+    """One unbiased estimate of the NELBO, eq. (3), for each example: (B,) nats, final loop. Its mean bounds
+    the mean of -log p(x0 at the editable positions | the others) from above."""
+    t = sample_t(len(x0), generator, x0.device)
+    x_t, masked = corrupt(x0, t, editable, generator)
+    logits = model(x_t, t, loops)[0]
+    ce = F.cross_entropy(logits.flatten(0, 1).float(), x0.flatten(), reduction="none").view_as(x0)
+    return nelbo_weight(t) * (ce * masked).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Sampler, eqs. (6) and (7)
+# ---------------------------------------------------------------------------------------------------
+
+ORDERS = ("ancestral", "random", "confidence", "margin", "entropy")
+
+
+def certainty(p, order):
+    """How sure p (..., V) is of each position, by the name of an order: (...), the highest goes first."""
+    if order == "margin":
+        first, second = p.topk(2, -1).values.unbind(-1)
+        return first - second
+    if order == "entropy":
+        return torch.xlogy(p, p).sum(-1)  # minus the entropy: the least uncertain first
+    return p.amax(-1)
+
+
+@dataclass
+class Sample:
+    """What `sample` returns. One pass = one denoising step in which the network ran for the example."""
+
+    x: torch.Tensor  # (B, N) the filled-in sequences
+    passes: torch.Tensor  # (B,) passes used
+    nfe: torch.Tensor  # (B,) loops, summed over the passes
+    trace: list  # if asked for, a dict a step: x (B, N), revealed (B, N) bool, sure (B, N) top probability, loops (B,)
+
+
+@torch.no_grad()
+def sample(
+    model, x, editable=None, steps=1, order="confidence", loops=None, eps=0.0,
+    threshold=None, temperature=0.0, generator=None, trace=False,
+):
+    """Fill in the editable positions of x (B, N) in T = `steps` denoising steps, eq. (6).
+
+    editable     (B, N) bool, True = start from MASK and fill in; False never changes. Default: x == MASK.
+    order        "ancestral": a masked token is revealed with probability (alpha_s - alpha_t)/(1 - alpha_t),
+                 the exact reverse process. Otherwise ceil(masked / steps left) tokens a step, by the highest
+                 top probability ("confidence"), the largest gap between the two likeliest ("margin") [K],
+                 the lowest "entropy", or at "random". The last step reveals everything.
+    loops, eps   loops per step, or at most that many with the adaptive stop of `RMDM.infer`.
+    threshold    reveal besides, at every step, all whose top probability reaches it: steps then adapt.
+    temperature  of the drawn tokens; 0 takes the likeliest (right for puzzles), 1 samples p_theta. The
+                 order is always judged at temperature 1.
+    generator    a torch.Generator on the model's device (for MPS, on the CPU).
+
+    An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it.
+    Raises BadInput for an unknown order, steps < 1, or a threshold in ancestral order."""
+    if order not in ORDERS:
+        raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
+    if steps < 1 or (threshold is not None and order == "ancestral"):
+        raise BadInput("steps must be at least 1, and a threshold needs an order other than ancestral")
+    editable = x == MASK if editable is None else editable
+    x = torch.where(editable, MASK, x)
+    masked = editable.clone()  # not x == MASK: that would fill in a MASK the caller wants kept
+    passes, nfe, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
+    # float64, since float32 noise is too coarse for rare tokens; MPS has none, so there it is done on CPU
+    where = torch.device("cpu" if x.device.type == "mps" else x.device)
+
+    def noise(like):
+        return torch.rand(like.shape, generator=generator, dtype=torch.float64, device=where).to(like.device)
+
+    for left in range(steps, 0, -1):
+        t, s = left / steps, (left - 1) / steps
+        if order == "ancestral":  # what is revealed does not depend on the network: decide it first
+            reveal = masked & (noise(x) < (alpha(s) - alpha(t)) / (1 - alpha(t)))
+            i = reveal.any(1).nonzero()[:, 0]
+            times = torch.full((len(i),), t, device=x.device)
+        else:  # the order leaves the schedule, so t is the share that is masked now
+            i = masked.any(1).nonzero()[:, 0]
+            times = masked[i].sum(1) / editable[i].sum(1)
+        if not len(i):
+            continue
+        logits, used = model.infer(x[i], times, loops, eps)
+        logits = logits.to(where, torch.float64)
+        p = logits.softmax(-1)
+        sure = p.amax(-1).to(x.device)
+        if order != "ancestral":
+            score = noise(sure) if order == "random" else certainty(p, order).to(x.device)
+            rank = score.masked_fill(~masked[i], -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+            share = -(-masked[i].sum(1, keepdim=True) // left)  # ceil(masked / steps left)
+            reveal = torch.zeros_like(masked)
+            reveal[i] = masked[i] & ((rank < share) | (sure >= (2.0 if threshold is None else threshold)))
+        if temperature:
+            p = (logits / temperature).softmax(-1)
+            token = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
+        else:
+            token = p.argmax(-1)
+        x[i] = torch.where(reveal[i], token.to(x.device), x[i])
+        masked = masked & ~reveal
+        passes[i] += 1
+        nfe[i] += used
+        if trace:
+            everyone = torch.zeros(x.shape, dtype=sure.dtype, device=x.device).index_copy(0, i, sure)
+            loops_used = torch.zeros_like(nfe).index_copy(0, i, used)
+            history.append(dict(x=x.clone(), revealed=reveal, sure=everyone, loops=loops_used))
+    return Sample(x, passes, nfe, history)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Training loop and checkpoints
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """The training run."""
+
+    steps: int = 4000
+    batch: int = 32
+    lr: float = 0.02  # Muon, for the matrices inside the layers
+    lr_rest: float = 4e-3  # AdamW, for embeddings, norms, biases, D
+    warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.998  # decay of the averaged weights, the ones that are evaluated and shipped
+    objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
+    supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
+    loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
+    seed: int = 0
+    eval_every: int = 500
+    save_every: int = 500
+
+    def __post_init__(self):
+        loop_weights(self.supervise, 1)  # raises BadInput
+        if self.objective not in ("simple", "elbo"):
+            raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
+        if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
+            raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized by five Newton-Schulz iterations (Jordan et al. 2024), for 2-d weights.
+
+    Ours in float32 because torch.optim.Muon iterates in bfloat16, which many CPUs only emulate."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                m = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                m.lerp_(w.grad, 0.05)
+                x = w.grad.lerp(m, 0.95)  # Nesterov
+                wide = x.shape[0] <= x.shape[1]
+                x = x if wide else x.T
+                x = x / (x.norm() + 1e-7)
+                for _ in range(5):  # pushes every singular value of x towards 1
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(x if wide else x.T, alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+
+
+def pick_device(name="auto"):
+    """The torch.device to use: CUDA, else MPS, else CPU; sets what makes it fast."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    # CUDA: TF32 where not bf16. CPU: oneDNN's matrix kernels, up to twice MKL's speed on AMD (still full
+    # float32 unless the CPU has bf16 tiles), with which torch's flash attention is slow: use plain attention.
+    torch.set_float32_matmul_precision("medium" if name == "cpu" else "high")
+    torch.backends.cuda.enable_flash_sdp(name != "cpu")  # despite its name, CPU attention heeds it too
+    if name == "cpu" and sys.platform == "linux":
+        # By default glibc returns the memory of large freed tensors to the kernel and fetches it again, page
+        # by page, at every step. Keeping it makes a training step 1.2 to 1.3 times as fast.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, size: None)
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: its largest value
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    return torch.device(name)
+
+
+def save(path, content):
+    """Write a checkpoint atomically: whole under its name, or not at all."""
+    part = Path(path).with_suffix(".part")
+    with open(part, "wb") as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def read_checkpoint(path, task=None):
+    """The dict that `train` saved, read with weights_only=True (nothing in it can run code).
+
+    path: a file, or a run's folder. Raises BadInput if it is not ours, damaged, or of another task."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on odd files: one line of ours follows
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt["config"], ckpt["ema"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
+        raise BadInput(f"{path}: not an rmdm checkpoint, or a damaged one ({type(e).__name__})") from e
+    if task and ckpt.get("task") != task:
+        raise BadInput(f"{path}: made for {ckpt.get('task')}, not for {task}")
+    return ckpt
+
+
+def load(path, device="cpu", task=None):
+    """A model ready to use, with the averaged weights of a checkpoint file or a run's folder."""
+    ckpt = read_checkpoint(path, task)
+    try:
+        model = RMDM(Config(**ckpt["config"]))
+        model.load_state_dict(ckpt["ema"])
+    except (RuntimeError, TypeError, ValueError, AttributeError) as e:
+        raise BadInput(f"{path}: the weights do not fit the configuration ({str(e).splitlines()[0]})") from e
+    return model.to(device).eval()
+
+
+def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
+    """Train `model` in place; returns the averaged (EMA) model.
+
+    batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device
+    evaluate(model)     -> dict of numbers, called on the averaged model
+    out                 folder for checkpoint.pt (to resume), model.pt (averaged weights), log.jsonl
+    task, args          stored in the checkpoint: the task's name, the command's arguments
+    resume              a checkpoint of this very run, from read_checkpoint: on CPU the run then ends
+                        bit-identical to one that was never interrupted"""
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    matrices = [w for part in (model.head, model.block, model.tail) for w in part.parameters() if w.ndim == 2]
+    rest = [w for w in model.parameters() if not any(w is m for m in matrices)]
+    optimizers = [
+        Muon(matrices, config.lr, config.weight_decay),
+        torch.optim.AdamW(rest, config.lr_rest, weight_decay=config.weight_decay, fused=True),
+    ]
+    generator = torch.Generator(device).manual_seed(config.seed)  # all randomness after initialization
+    ema = copy.deepcopy(model).requires_grad_(False)
+    start, seconds, flops, log = 0, 0.0, 0.0, out / "log.jsonl"
+    if resume:
+        start, seconds, flops = resume["step"], resume["seconds"], resume["flops"]
+        model.load_state_dict(resume["model"])
+        ema.load_state_dict(resume["ema"])
+        for optimizer, state in zip(optimizers, resume["optimizers"]):
+            optimizer.load_state_dict(state)
+        generator.set_state(resume["rng"])
+    if cuda:
+        for layer in (*model.head, *model.block, *model.tail):
+            layer.compile()  # in place: the names in a checkpoint stay as they are
+    if start:  # drop what was logged after the checkpoint: it comes again
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
+        log.write_text("".join(line + "\n" for line in lines))
+
+    def checkpoint():
+        slim = dict(
+            config=asdict(model.config), task=task, args=args or {}, train=asdict(config),
+            step=step, seconds=seconds, flops=flops, ema=ema.state_dict(),
+        )
+        states = dict(optimizers=[o.state_dict() for o in optimizers], rng=generator.get_state())
+        save(out / "checkpoint.pt", slim | states | dict(model=model.state_dict()))
+        if step == config.steps:
+            save(out / "model.pt", slim)
+
+    # Ctrl-C ends the run after the step under way, so that what is saved is one consistent state.
+    interrupted = []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
+    recent, clock = [], time.perf_counter()
+    try:
+        for step in range(start + 1, config.steps + 1):
+            scale = min(step / config.warmup, 1) * (1 - (step - 1) / config.steps)
+            for optimizer, peak in zip(optimizers, (config.lr, config.lr_rest)):
+                optimizer.param_groups[0]["lr"] = scale * peak
+            loops = model.config.loops
+            if config.loops_min:
+                loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
+            x0, editable = batch(config.batch, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+                value, right = loss(model, x0, editable, config.objective, config.supervise, loops, generator)
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            decay = min(config.ema, step / (step + 10))  # early on, forget the initialization
+            with torch.no_grad():
+                for average, w in zip(ema.parameters(), model.parameters()):
+                    average.lerp_(w, 1 - decay)
+            reads = sum(w > 0 for w in loop_weights(config.supervise, loops))
+            flops += 3 * len(x0) * model.flops(loops, reads)  # backward costs twice forward
+            recent.append(torch.stack([value.detach(), right]))
+            bar.update()
+            last = step == config.steps or bool(interrupted)
+            evaluating, saving = step % config.eval_every == 0, step % config.save_every == 0
+            if last or evaluating or saving or step % 25 == 0:
+                mean = torch.stack(recent).mean(0).tolist()
+                if not math.isfinite(mean[0]):
+                    raise BadInput(f"the loss became {mean[0]} by step {step}: {out} keeps the last good checkpoint")
+                recent = []
+                entry = dict(step=step, loss=mean[0], accuracy=mean[1])
+                bar.set_postfix(loss=f"{mean[0]:.4f}", accuracy=f"{mean[1]:.3f}", refresh=False)
+                if evaluating or step == config.steps:
+                    entry |= evaluate(ema.eval())
+                seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
+                with open(log, "a") as f:
+                    f.write(json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops)) + "\n")
+            if last or saving:
+                checkpoint()
+            if interrupted:
+                raise KeyboardInterrupt
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, handler)
+    return ema
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. The command line of a training script
+# ---------------------------------------------------------------------------------------------------
+
+
+def configure(pairs, *configs):
+    """Apply "name=value" strings to the fields of the given dataclasses, typed as the defaults are."""
+    configs = list(configs)
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        at = [i for i, c in enumerate(configs) if name in {f.name for f in fields(c)} - {"vocab", "coords"}]
+        if not at:
+            names = [f.name for c in configs for f in fields(c) if f.name not in ("vocab", "coords")]
+            raise BadInput(f"--set {pair}: no field {name!r}; there are {', '.join(names)}")
+        kind = type(getattr(configs[at[0]], name))
+        try:
+            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise BadInput(f"--set {pair}: {name} is a {kind.__name__}, not {text!r}") from None
+        configs[at[0]] = replace(configs[at[0]], **{name: value})
+    return configs
+
+
+def launch(task, doc, presets, prepare, options):
+    """`python train_TASK.py`: read the command line, train or resume, report.
+
+    presets(args)          -> {"cpu": (Config, TrainConfig), "gpu": ...}
+    prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end
+    options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=("cpu", "gpu"), help="size of model and run; default: gpu on a GPU, else cpu")
+    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first there is")
+    add("--out", metavar="RUN", default=f"runs/{task}", help="folder for the run (default: %(default)s)")
+    add("--resume", metavar="RUN", help="go on with an interrupted run, with the settings it was started with")
+    add("--seed", type=int, default=0, help="of data, initialization and training (default: 0)")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of rmdm.Config and rmdm.TrainConfig")
+    for flag, how in options.items():
+        add(flag, **how)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.resume:
+        ckpt, out = read_checkpoint(args.resume, task), args.resume
+        if "optimizers" not in ckpt:
+            raise BadInput(f"{out}: holds weights only, nothing to resume")
+        args = argparse.Namespace(**ckpt["args"] | {"out": out})
+        config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
+        if ckpt["step"] == training.steps:
+            raise BadInput(f"{out}: this run is finished")
+    else:
+        ckpt, out = None, args.out
+        if (Path(out) / "checkpoint.pt").exists():
+            raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
+        args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
+        config, training = configure(args.set, *presets(args)[args.preset])
+        training = replace(training, seed=args.seed)
+    torch.manual_seed(args.seed)
+    model = RMDM(config).to(device)
+    print(
+        f"{task}, preset {args.preset}, on {device}: {sum(w.numel() for w in model.parameters()):,} parameters, "
+        f"K={config.layers} layers x L={config.loops} loops, d={config.width}; "
+        f"{training.steps} steps of {training.batch}, {'from step %d' % ckpt['step'] if ckpt else 'into'} {out}"
+    )
+    batch, evaluate, report = prepare(args, device)
+    try:
+        report(train(model, training, batch, evaluate, out, task, vars(args), ckpt))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped; go on with: python {sys.argv[0]} --resume {out}") from None
+
+
+def cli(main):
+    """Run a script's main(): bad input is one line and exit code 2, Ctrl-C one line and 130."""
+    try:
+        sys.exit(main())
+    except (BadInput, OSError) as e:
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
+    except KeyboardInterrupt as e:
+        sys.exit(print(str(e) or "stopped", file=sys.stderr) or 130)

@@ -1,0 +1,638 @@
+"""python -m pytest -q test_rmdm.py    (under two minutes on two cores; no network, no GPU)"""
+
+import itertools
+import json
+import math
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import rmdm
+import sample
+import train_sudoku as sudoku
+from rmdm import MASK, BadInput, Config, TrainConfig
+
+HERE = Path(__file__).parent
+rmdm.pick_device("cpu")  # sets up torch as the scripts do
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(seed=0, scale=1.0, **options):
+    """A small model with random weights, none of them zero."""
+    torch.manual_seed(seed)
+    model = rmdm.RMDM(Config(**{"vocab": 4, "coords": 3, "width": 16, "heads": 2, "loops": 3} | options))
+    with torch.no_grad():
+        for w in model.parameters():
+            w.add_(scale * torch.randn_like(w) * 0.3)
+    return model
+
+
+# A distribution over three tokens from {1, 2}, far from independent, and its exact denoiser.
+STATES = list(itertools.product((1, 2), repeat=3))
+PROBS = torch.tensor([0.30, 0.02, 0.05, 0.13, 0.04, 0.21, 0.15, 0.10], dtype=torch.float64)
+ENTROPY = -(PROBS * PROBS.log()).sum().item()
+
+
+class Perfect(nn.Module):
+    """p(x0^i | x_t) by Bayes, in the interface of RMDM."""
+
+    config = Config(vocab=3, coords=3, loops=1)
+
+    def forward(self, x_t, t, loops=None, read=None):
+        states = torch.tensor(STATES)
+        agree = ((x_t[:, None] == states) | (x_t[:, None] == MASK)).all(2)  # (B, 8)
+        joint = agree * PROBS
+        p = torch.stack([(joint[:, :, None] * (states == v)).sum(1) for v in (1, 2)], 2)  # (B, 3, 2)
+        return F.pad((p / p.sum(2, keepdim=True)).log(), (1, 0), value=-math.inf)[None]
+
+    def infer(self, x_t, t, loops=None, eps=0.0):
+        return self(x_t, t)[0], torch.ones(len(x_t), dtype=torch.long)
+
+
+def exact_nelbo(model, x0):
+    """Eq. (3) by enumeration: the integral over t of t^(m-1) (1-t)^(n-m) is (m-1)! (n-m)! / n!."""
+    n, total = len(x0), 0.0
+    for masked in itertools.product((False, True), repeat=n):
+        if m := sum(masked):
+            hide = torch.tensor(masked)
+            log_p = model(torch.where(hide, MASK, x0)[None], torch.tensor([m / n]))[0, 0].log_softmax(-1)
+            weight = math.factorial(m - 1) * math.factorial(n - m) / math.factorial(n)
+            total -= weight * log_p[torch.arange(n), x0][hide].sum().item()
+    return total
+
+
+# ---- schedule and loss ----
+
+
+def test_times_are_stratified_and_never_zero():
+    t = rmdm.sample_t(1000, generator())
+    assert t.min() > 0 and t.max() <= 1
+    assert sorted((t * 1000).ceil().int().tolist()) == list(range(1, 1001))
+
+
+def test_corrupt_masks_only_editable_tokens_at_rate_t():
+    x0 = torch.full((2000, 50), 3)
+    editable = torch.arange(50).expand(2000, 50) >= 10
+    t = torch.full((2000,), 0.3)
+    x_t, masked = rmdm.corrupt(x0, t, editable, generator())
+    assert not masked[~editable].any() and (x_t[masked] == MASK).all() and (x_t[~masked] == 3).all()
+    assert abs(masked[editable].double().mean() - 0.3) < 5 * (0.21 / 80_000) ** 0.5
+
+
+def test_nelbo_estimate_equals_enumeration():
+    model, x0 = tiny(), torch.tensor([1, 3, 2])
+    draws = rmdm.nelbo(model, x0.expand(20_000, 3), torch.ones(20_000, 3, dtype=torch.bool), generator=generator())
+    exact = exact_nelbo(model, x0)
+    assert abs(draws.mean() - exact) < 4 * draws.std() / len(draws) ** 0.5
+    assert draws.std() / len(draws) ** 0.5 < 0.02 * exact  # else the line above proves nothing
+
+
+def test_nelbo_of_exact_conditionals_is_the_entropy():
+    exact = sum(p * exact_nelbo(Perfect(), torch.tensor(x)) for p, x in zip(PROBS.tolist(), STATES))
+    assert exact == pytest.approx(ENTROPY, abs=1e-6)
+    x0 = torch.tensor(STATES)[torch.multinomial(PROBS, 40_000, True, generator=generator())]
+    draws = rmdm.nelbo(Perfect(), x0, torch.ones_like(x0, dtype=torch.bool), generator=generator(1))
+    assert abs(draws.mean() - ENTROPY) < 4 * draws.std() / len(draws) ** 0.5
+
+
+def test_loop_weights_by_hand():
+    assert rmdm.loop_weights("all", 4) == [0.25] * 4
+    assert rmdm.loop_weights("final", 4) == [0, 0, 0, 1]
+    assert rmdm.loop_weights("growing", 4) == [0.1, 0.2, 0.3, 0.4]
+    assert rmdm.loop_weights("2", 4) == [0, 0, 0.5, 0.5]
+    assert rmdm.loop_weights("9", 4) == [0.25] * 4
+
+
+@pytest.mark.parametrize("objective", ["simple", "elbo"])
+@pytest.mark.parametrize("supervise", ["all", "final", "growing", "2"])
+def test_loss_by_hand(objective, supervise):
+    model, B, N, L = tiny(), 4, 3, 3
+    x0 = torch.randint(1, 4, (B, N), generator=generator(1))
+    editable = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]], dtype=torch.bool)
+    value, right = rmdm.loss(model, x0, editable, objective, supervise, generator=generator(2))
+    g = generator(2)
+    t = rmdm.sample_t(B, g)
+    x_t, masked = rmdm.corrupt(x0, t, editable, g)
+    weights, expected, hits = rmdm.loop_weights(supervise, L), 0.0, []
+    for b, i, l in itertools.product(range(B), range(N), range(1, L + 1)):
+        if masked[b, i]:
+            log_p = model(x_t, t, L, read=(l,))[0, b, i].log_softmax(-1)
+            expected -= weights[l - 1] * log_p[x0[b, i]].item() / (t[b].item() if objective == "elbo" else 1)
+            hits += [bool(log_p.argmax() == x0[b, i])] if l == L else []
+    assert value.item() == pytest.approx(expected / 6, rel=1e-5)  # six editable tokens
+    assert right.item() == pytest.approx(sum(hits) / len(hits))
+
+
+def test_nothing_masked_costs_nothing():
+    model, x0 = tiny(), torch.ones(2, 3, dtype=torch.long)
+    nothing = torch.zeros_like(x0, dtype=torch.bool)
+    assert rmdm.loss(model, x0, nothing)[0] == 0 and (rmdm.nelbo(model, x0, nothing) == 0).all()
+
+
+# ---- model ----
+
+
+def test_recursion_is_the_hand_written_unroll_of_rmdm():
+    m = tiny(layers=2, loops=3, time=True)
+    x, t = torch.tensor([[MASK, 2, MASK]]), torch.tensor([0.7])
+    angle = torch.tensor([0.7 * math.pi * 2.0**k for k in range(-1, 7)])
+    c = m.time(torch.cat([angle.sin(), angle.cos()]))
+    h = m.token(x) + m.place[0].weight + c
+    for v in (m.loop.weight[0], m.loop.weight[1], m.loop.weight[2], m.loop.weight[2]):  # the last repeats
+        h = m.block[1](m.block[0](m.loop_norm(h + c + v)))
+        last = m.unembed(m.norm(h))
+    assert torch.allclose(m(x, t, loops=4)[0, ..., 1:], last, atol=1e-5)
+    assert (m(x, t).softmax(-1)[..., MASK] == 0).all()
+
+
+def test_recursion_is_the_hand_written_unroll_of_loopmdm():
+    m = tiny(head=1, layers=1, tail=1, loop_embedding=False, loop_norm=False)
+    x, t = torch.tensor([[MASK, 2, MASK]]), torch.tensor([0.7])
+    h = m.head[0](m.token(x) + m.place[0].weight)
+    h1 = m.block[0](h)
+    h2 = m.block[0](h1)
+    both = torch.stack([m.unembed(m.norm(m.tail[0](h))) for h in (h1, h2)])
+    assert torch.allclose(m(x, t, loops=2, read=(1, 2))[..., 1:], both, atol=1e-5)
+
+
+def test_layer_by_hand():
+    d, layer = 8, rmdm.Layer(8, 2)
+    h = torch.randn(1, 5, d, generator=generator())
+    q, k, v = layer.qkv(layer.norm1(h))[0].split(d, dim=1)
+    heads = [(q[:, s] @ k[:, s].T / 2).softmax(1) @ v[:, s] for s in (slice(0, 4), slice(4, 8))]
+    mid = h[0] + layer.out(torch.cat(heads, 1))
+    assert torch.allclose(layer(h)[0], mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), atol=1e-5)
+
+
+def test_injection_adds_the_embedding_at_every_loop():
+    m = tiny(inject=True)
+    x, t = torch.tensor([[MASK, 2, MASK]]), torch.tensor([0.7])
+    h0 = h = m.token(x) + m.place[0].weight
+    for v in m.loop.weight:
+        h = m.block[0](m.loop_norm(h + h0 + v))
+    assert torch.allclose(m(x, t)[0, ..., 1:], m.unembed(m.norm(h)), atol=1e-5)
+
+
+def test_coordinates_are_summed_over_their_axes():
+    m = tiny(coords=((0, 1), (1, 0), (1, 1)))
+    h, _ = m.encode(torch.tensor([[1, 2, 3]]), torch.ones(1))
+    assert torch.allclose(h[0, 1], m.token.weight[2] + m.place[0].weight[1] + m.place[1].weight[0])
+
+
+def test_adaptive_loops_stop_each_example_by_its_own_change():
+    m = tiny(loops=12)
+    x = torch.tensor([[MASK, 2, MASK], [1, 1, MASK], [MASK] * 3])
+    logits, used = m.infer(x, torch.ones(3), 12, eps=0.2)
+    assert used.min() < used.max() <= 12
+    for b in range(3):
+        h0, c = m.encode(x[b : b + 1], torch.ones(1))
+        h = h0
+        for l in range(1, 13):
+            h, old = m.recur(h, l, h0, c), h
+            if (h - old).norm() / h.norm() < 0.2:
+                break
+        assert used[b] == l and torch.allclose(logits[b], m.decode(h)[0], atol=1e-4)
+
+
+def test_gradients_reach_every_parameter():
+    m = tiny(head=1, layers=2, tail=1, time=True, inject=True, coords=((0, 0), (1, 1), (0, 1)))
+    x0 = torch.tensor([[1, 2, 3]] * 8)
+    rmdm.loss(m, x0, torch.ones_like(x0, dtype=torch.bool), generator=generator())[0].backward()
+    for name, w in m.named_parameters():
+        assert w.grad is not None and w.grad.abs().sum() > 0, name
+
+
+def test_flops_are_those_that_torch_counts():
+    m = tiny(coords=7, head=1, layers=2, tail=1)
+    with FlopCounterMode(display=False) as counter:
+        m(torch.ones(5, 7, dtype=torch.long), torch.ones(5), 3, (1, 3))
+    assert counter.get_total_flops() == 5 * m.flops(3, reads=2)
+
+
+# ---- sampler ----
+
+
+def chi_square(x, law):
+    counts = torch.tensor([(x == torch.tensor(s)).all(1).sum() for s in STATES], dtype=torch.float64)
+    expected = law * len(x)
+    return ((counts - expected) ** 2 / expected).sum().item()
+
+
+LIMIT = 24.3  # chi-square with 7 degrees of freedom exceeds this once in a thousand
+
+
+def law(steps, ancestral, x=(MASK,) * 3):
+    """The exact distribution of what `sample` returns with the perfect denoiser, by enumeration."""
+    masked = [i for i in range(3) if x[i] == MASK]
+    if not masked:
+        return torch.tensor([float(x == s) for s in STATES], dtype=torch.float64)
+    p = Perfect()(torch.tensor([x]), torch.ones(1))[0, 0].exp()
+    total, share = torch.zeros(8, dtype=torch.float64), -(-len(masked) // steps)
+    for reveal in itertools.chain.from_iterable(itertools.combinations(masked, k) for k in range(len(masked) + 1)):
+        if ancestral:
+            weight = (1 / steps) ** len(reveal) * (1 - 1 / steps) ** (len(masked) - len(reveal))
+        else:
+            weight = (len(reveal) == share) / math.comb(len(masked), share)
+        if weight:
+            for tokens in itertools.product((1, 2), repeat=len(reveal)):
+                y = list(x)
+                for i, token in zip(reveal, tokens):
+                    y[i] = token
+                    weight_y = weight * math.prod(p[i, v].item() for i, v in zip(reveal, tokens))
+                total += (weight_y if reveal else weight) * law(steps - 1, ancestral, tuple(y))
+    return total
+
+
+@pytest.mark.parametrize(
+    "order, steps", [("random", 3), ("random", 2), ("random", 1), ("ancestral", 2), ("ancestral", 8)]
+)
+def test_samples_follow_the_exact_law(order, steps):
+    start = torch.zeros(30_000, 3, dtype=torch.long)
+    out = rmdm.sample(Perfect(), start, steps=steps, order=order, temperature=1.0, generator=generator())
+    expected = law(steps, order == "ancestral")
+    assert expected.sum() == pytest.approx(1)
+    assert chi_square(out.x, expected) < LIMIT
+    if (order, steps) == ("random", 3):  # one token a step: the model's own distribution
+        assert torch.allclose(expected, PROBS)
+    else:
+        assert chi_square(out.x, PROBS) > LIMIT  # the test can tell the two apart
+
+
+class Fixed(nn.Module):
+    """The same probabilities whatever it sees: (N, V - 1)."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.logits = F.pad(torch.tensor(p).log(), (1, 0), value=-math.inf)
+
+    def infer(self, x_t, t, loops=None, eps=0.0):
+        return self.logits.expand(len(x_t), -1, -1), torch.full((len(x_t),), 5)
+
+
+@pytest.mark.parametrize("order, first", [("confidence", 0), ("margin", 1), ("entropy", 2)])
+def test_each_order_reveals_its_own_favorite_first(order, first):
+    p = [[0.51, 0.47, 0.01, 0.01], [0.46, 0.18, 0.18, 0.18], [0.499, 0.499, 0.001, 0.001], [0.3, 0.3, 0.2, 0.2]]
+    out = rmdm.sample(Fixed(p), torch.zeros(1, 4, dtype=torch.long), steps=4, order=order, trace=True)
+    assert out.trace[0]["revealed"].nonzero().tolist() == [[0, first]]
+    assert out.passes.tolist() == [4] and out.nfe.tolist() == [20]
+
+
+def test_threshold_reveals_all_that_is_sure_and_at_least_one():
+    p = [[0.95, 0.05], [0.91, 0.09], [0.7, 0.3], [0.6, 0.4]]
+    out = rmdm.sample(Fixed(p), torch.zeros(1, 4, dtype=torch.long), steps=4, threshold=0.9, trace=True)
+    assert [step["revealed"].sum().item() for step in out.trace] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("order", rmdm.ORDERS)
+@pytest.mark.parametrize("how", [{}, {"temperature": 1.5}, {"eps": 0.3}, {"threshold": 0.5}, {"loops": 1, "steps": 2}])
+def test_clues_survive_every_setting(order, how):
+    if order == "ancestral" and "threshold" in how:
+        pytest.skip("refused; see test_bad_sampler_settings")
+    model = tiny(coords=9)
+    x = torch.randint(0, 4, (6, 9), generator=generator(3))
+    editable = torch.rand(6, 9, generator=generator(4)) < 0.6
+    editable[0], x[1, 0], editable[1, 0] = False, MASK, False  # an example with nothing to do, a MASK to keep
+    out = rmdm.sample(model, x, editable, **{"steps": 4, "order": order, "generator": generator()} | how, trace=True)
+    assert (out.x[~editable] == x[~editable]).all() and (out.x[editable] != MASK).all()
+    assert out.passes[0] == 0 and out.nfe[0] == 0 and (out.passes[1:] > 0).all()
+    assert (sum(step["revealed"].long() for step in out.trace) == editable).all()
+    assert (out.passes <= how.get("steps", 4)).all() and (out.nfe <= out.passes * 3).all()
+
+
+def test_a_finished_example_costs_no_further_passes():
+    seen = []
+    model = tiny(coords=9)
+    infer = model.infer
+    model.infer = lambda x, *a: seen.append(len(x)) or infer(x, *a)
+    x = torch.ones(3, 9, dtype=torch.long)
+    x[1, :2] = x[2, :] = MASK
+    out = rmdm.sample(model, x, steps=9)
+    assert out.passes.tolist() == [0, 2, 9] and seen == [2, 2] + [1] * 7
+
+
+def test_bad_sampler_settings():
+    for how in ({"order": "best"}, {"steps": 0}, {"order": "ancestral", "threshold": 0.5}):
+        with pytest.raises(ValueError):
+            rmdm.sample(tiny(), torch.zeros(1, 3, dtype=torch.long), **how)
+
+
+# ---- Sudoku ----
+
+
+def count_solutions(board):
+    """An independent solver: plain backtracking, at most 2."""
+    board = [int(d) for d in board]
+
+    def options(i):
+        r, c = divmod(i, 9)
+        near = set(board[r * 9 : r * 9 + 9]) | set(board[c::9])
+        near |= {board[(r // 3 * 3 + a) * 9 + c // 3 * 3 + b] for a in range(3) for b in range(3)}
+        return set(range(1, 10)) - near
+
+    blanks = [i for i in range(81) if not board[i]]
+    if not blanks:
+        return 1
+    i = min(blanks, key=lambda i: len(options(i)))
+    total = 0
+    for digit in options(i):
+        board[i] = digit
+        total += count_solutions(board)
+        if total > 1:
+            return 2
+    return total
+
+
+@pytest.fixture(scope="session")
+def puzzles(tmp_path_factory):
+    return sudoku.generated(300, 7, tmp_path_factory.mktemp("data"))
+
+
+def test_generated_puzzles_have_one_solution_and_no_clue_too_many(puzzles):
+    for puzzle, solution in list(zip(*puzzles))[:40]:
+        assert count_solutions(puzzle) == 1 and count_solutions(solution) == 1
+        assert ((puzzle == MASK) | (puzzle == solution)).all()
+        clue = np.flatnonzero(puzzle)[0]
+        assert count_solutions(np.where(np.arange(81) == clue, MASK, puzzle)) == 2
+    assert sudoku.valid(puzzles[1]).all()
+
+
+def test_no_held_out_grid_in_training_not_even_relabeled(puzzles):
+    p, s = puzzles
+    names = np.array([0, 4, 2, 9, 1, 3, 8, 7, 5, 6], np.uint8)
+    p, s = np.concatenate([names[p[-3:]], p]), np.concatenate([names[s[-3:]], s])
+    (_, seen), (_, secret) = sudoku.split(p, s, 20)
+    assert len(seen) == 280 and len(secret) == 20  # the three relabeled ones are gone
+
+    def pattern(grid):  # independent of the digits' names: for each digit its set of cells
+        return frozenset(tuple(np.flatnonzero(grid == d)) for d in range(1, 10))
+
+    assert not {pattern(g) for g in seen} & {pattern(g) for g in secret}
+
+
+def test_the_cache_is_used_and_a_damaged_one_is_made_again(tmp_path, capsys):
+    first = sudoku.generated(5, 1, tmp_path)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2])
+    again = sudoku.generated(5, 1, tmp_path)
+    assert "damaged" in capsys.readouterr().out and path.read_bytes() == before
+    assert (first[0] == again[0]).all() and [f.name for f in tmp_path.iterdir()] == [path.name]
+    edited = np.load(path)
+    edited[1, 0, 0] = edited[1, 0, 1]
+    np.save(path, edited)
+    sudoku.generated(5, 1, tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_augmentation_keeps_puzzles_valid_and_moves_everything(puzzles):
+    both = torch.from_numpy(np.stack(puzzles)).long()
+    p, s = sudoku.augment(both, generator()).numpy()
+    assert sudoku.valid(s).all() and ((p == MASK) | (p == s)).all()
+    assert ((p != MASK).sum(1) == (puzzles[0] != MASK).sum(1)).all()
+    assert not (s == puzzles[1]).all(1).any()
+    assert all(count_solutions(x) == 1 for x in p[:5])
+    # a fixed grid reaches every digit in every cell
+    many = sudoku.augment(both[1:, :1].expand(1, 2000, 81), generator(1))[0]
+    assert all(len(set(many[:, i].tolist())) == 9 for i in range(81))
+
+
+def test_rules():
+    easy = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+    board = sudoku.parse(easy)
+    assert sudoku.parse(sudoku.draw(board)).tolist() == board.tolist()
+    assert sudoku.parse(easy.replace(".", "_")).tolist() == sudoku.parse(easy.replace(".", "0")).tolist()
+    for bad, says in [
+        (easy[:-1], "this one 80"),
+        (easy.replace("7", "x"), "'x' at cell 5"),
+        ("5" + easy[:4] + "5" + easy[6:], "row 1 has the digit 5 twice"),
+        ("." * 10 + "1" + "." * 17 + "1" + "." * 52, "column 2 has the digit 1 twice"),
+        ("1" + "." * 9 + "1" + "." * 70, "box 1 has the digit 1 twice"),
+    ]:
+        with pytest.raises(BadInput, match=re.escape(says)):
+            sudoku.parse(bad)
+
+
+def test_published_formats(puzzles, tmp_path):
+    p, s = (part[:3] for part in puzzles)
+    q, a = (["".join(map(str, row)) for row in part] for part in (p, s))
+    shah = np.zeros((3, 325), np.int64)
+    for n in range(3):
+        order = np.argsort(p[n] == 0, kind="stable")
+        shah[n, 0] = (p[n] > 0).sum()
+        shah[n, 1:] = np.stack([order // 9, order % 9, s[n][order], 0 * order], 1).ravel()
+    np.save(tmp_path / "shah.npy", shah)
+
+
+    def rows(pattern):
+        return "".join(pattern.format(q=x, dots=x.replace("0", "."), a=y) for x, y in zip(q, a))
+
+    files = {
+        "kaggle1m.csv": "quizzes,solutions\n" + rows("{q},{a}\n"),
+        "kaggle3m.csv": "\ufeffid,puzzle,solution,clues,difficulty\n" + rows("7,{dots},{a},24,1.5\n"),
+        "extreme.csv": "source,question,answer,rating\r\n" + rows("hard,{dots},{a},9\r\n"),
+        "backwards.csv": rows("{a},{q}\n"),
+        "plain.txt": "# a comment\n\n" + rows("{dots}\n"),
+        "shah.npy": None,
+    }
+    for name, text in files.items():
+        if text:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        ((puzzle, solution, labels),) = sudoku.read_puzzles(tmp_path / name)
+        assert (puzzle == p).all(), name
+        assert (solution == (0 if name == "plain.txt" else s)).all(), name
+    assert [len(x) for x, _, _ in sudoku.read_puzzles(tmp_path / "plain.txt", 2)] == [2, 1]
+    assert next(sudoku.read_puzzles(tmp_path / "extreme.csv", label="source"))[2] == ["hard"] * 3
+    bad = tmp_path / "bad.csv"
+    for line, says in [("short,row", "line 3: expected 81"), (f"{q[0]},{a[1]}", "line 3: the solution contradicts")]:
+        bad.write_text(f"quizzes,solutions\n{q[0]},{a[0]}\n{line}\n")
+        with pytest.raises(BadInput, match=says):
+            list(sudoku.read_puzzles(bad))
+    with pytest.raises(BadInput, match="no such file"):
+        list(sudoku.read_puzzles(tmp_path / "none.csv"))
+
+
+# ---- training ----
+
+
+def toy_batch(n, g):
+    """Sequences of four equal tokens."""
+    x0 = torch.randint(1, 4, (n, 1), generator=g).expand(n, 4).contiguous()
+    return x0, torch.ones_like(x0, dtype=torch.bool)
+
+
+def toy_model():
+    torch.manual_seed(0)
+    return rmdm.RMDM(Config(vocab=4, coords=4, width=16, loops=2))
+
+
+def test_a_resumed_run_ends_bit_identical(tmp_path):
+    config = TrainConfig(steps=24, batch=4, warmup=5, eval_every=10, save_every=10, loops_min=1)
+    rmdm.train(toy_model(), config, toy_batch, lambda m: {"done": 1}, tmp_path / "whole")
+    calls = []
+
+    def stopping(n, g):
+        calls.append(n)
+        if len(calls) == 13:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of step 13
+        return toy_batch(n, g)
+
+    with pytest.raises(KeyboardInterrupt):
+        rmdm.train(toy_model(), config, stopping, lambda m: {"done": 1}, tmp_path / "cut")
+    half = rmdm.read_checkpoint(tmp_path / "cut")
+    assert half["step"] == 13
+    rmdm.train(toy_model(), config, toy_batch, lambda m: {"done": 1}, tmp_path / "cut", resume=half)
+    whole, cut = (rmdm.read_checkpoint(tmp_path / name) for name in ("whole", "cut"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(w, cut[part][name]) for name, w in whole[part].items())
+    assert torch.equal(whole["rng"], cut["rng"]) and whole["flops"] == cut["flops"]
+    assert not torch.equal(half["ema"]["token.weight"], cut["ema"]["token.weight"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
+    assert steps == [10, 13, 20, 24]
+
+
+def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = TrainConfig(steps=20, batch=4, save_every=5, eval_every=5)
+
+    class Spoiled(rmdm.RMDM):
+        def decode(self, h):
+            return super().decode(h) * (math.nan if (tmp_path / "checkpoint.pt").exists() else 1)
+
+    torch.manual_seed(0)
+    with pytest.raises(BadInput, match="the loss became nan by step 10"):
+        rmdm.train(Spoiled(toy_model().config), config, toy_batch, lambda m: {}, tmp_path)
+    assert rmdm.read_checkpoint(tmp_path)["step"] == 5
+
+
+def test_a_four_by_four_board_is_learned(tmp_path):
+    rows = list(itertools.permutations((1, 2, 3, 4)))
+    grids = [
+        sum(g, ())
+        for g in itertools.product(rows, repeat=4)
+        if all(len(set(col)) == 4 for col in zip(*g))
+        and all(len({g[r][c], g[r][c + 1], g[r + 1][c], g[r + 1][c + 1]}) == 4 for r in (0, 2) for c in (0, 2))
+    ]
+    assert len(grids) == 288
+    grids = torch.tensor(grids)
+    boards = grids[torch.randperm(288, generator=generator())]
+
+    def batch(n, g):  # clues where any grid of all 288 could still differ are fine: half the cells are clues
+        x0 = boards[torch.randint(0, 200, (n,), generator=g)]
+        return x0, torch.rand(x0.shape, generator=g) < 0.6
+
+    torch.manual_seed(0)
+    coords = tuple((i // 4, i % 4, i // 8 * 2 + i % 4 // 2) for i in range(16))
+    model = rmdm.RMDM(Config(vocab=5, coords=coords, width=32, heads=2, loops=4))
+    config = TrainConfig(steps=400, batch=64, eval_every=1000, save_every=1000)
+    model = rmdm.train(model, config, batch, lambda m: {}, tmp_path)
+    unique = []  # puzzles from grids not trained on, with exactly one solution
+    for grid, u in zip(boards[200:], torch.rand(88, 16, generator=generator(5))):
+        clues = u < 0.5
+        if ((grids == grid) | ~clues).all(1).sum() == 1:
+            unique.append(torch.where(clues, grid, MASK))
+    unique = torch.stack(unique)
+    solved = rmdm.sample(model, unique, steps=16).x
+    assert len(unique) > 40 and all(tuple(x) in set(map(tuple, grids.tolist())) for x in solved.tolist())
+
+
+# ---- checkpoints and commands ----
+
+
+def test_checkpoints_from_strangers(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps({"config": Evil(), "ema": {}}))
+    with pytest.raises(BadInput, match="not an rmdm checkpoint"):
+        rmdm.load(path)
+    torch.save({"config": Evil(), "ema": {}}, path)
+    with pytest.raises(BadInput, match="not an rmdm checkpoint"):
+        rmdm.load(path)
+    assert not (tmp_path / "owned").exists()
+    for wrong in ({"config": {}, "ema": {}}, {"config": {"vocab": 3, "coords": 3}, "ema": {}}, [1, 2]):
+        rmdm.save(path, wrong)
+        with pytest.raises(BadInput):
+            rmdm.load(path)
+    rmdm.save(path, {"config": {}, "ema": {}, "task": "sudoku"})
+    with pytest.raises(BadInput, match="made for sudoku, not for countdown"):
+        rmdm.load(path, task="countdown")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(BadInput, match="damaged"):
+        rmdm.load(path)
+    with pytest.raises(BadInput, match="no such file"):
+        rmdm.load(tmp_path / "none.pt")
+
+
+def run(capsys, monkeypatch, module, *argv):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        rmdm.cli(module.main)
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
+    monkeypatch.chdir(tmp_path)
+    small = "steps=3 batch=4 width=8 heads=1 loops=2 warmup=1".split()
+    run_sudoku = lambda *argv: run(capsys, monkeypatch, sudoku, *argv)  # noqa: E731
+    run_sample = lambda *argv: run(capsys, monkeypatch, sample, *argv)  # noqa: E731
+    monkeypatch.setattr(sudoku, "HELD_OUT", 4)
+    code, out, _ = run_sudoku("--puzzles", 8, "--device", "cpu", "--set", *small)
+    assert code == 0 and "T=81" in out
+    command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1]
+    code, out, _ = run_sample(*command.split())
+    assert code == 1 and "wrong: " in out and out.count("|") == 18
+    p, s = (["".join(map(str, row)) for row in part[:6]] for part in puzzles)
+    rows = "".join(f"{x},{y},{i % 2}\n" for i, (x, y) in enumerate(zip(p, s)))
+    (tmp_path / "p.csv").write_text("puzzle,solution,level\n" + rows)
+    code, out, _ = run_sample("sudoku", "--data", "p.csv", "--steps", 1, 2, "--by", "level", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [r["steps"] for r in rows] == [1, 1, 1, 2, 2, 2]
+    assert [(r["group"], r["n"]) for r in rows[:3]] == [("0", 3), ("1", 3), ("all", 6)]
+    assert rows[0]["nfe"] == rows[0]["layer_passes"] == 2 and 0 < rows[2]["cell"] < 1
+    kept = Path("runs/sudoku/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(sudoku, "HELD_OUT", 6)  # as many as p.csv has
+    for argv, says in [
+        ([], "already holds a run"),
+        (["--resume", "runs/sudoku"], "finished"),
+        (["--resume", "nowhere"], "no such file"),
+        (["--resume", "runs/sudoku/model.pt"], "weights only"),
+        (["--out", "b", "--set", "stepz=3"], "no field 'stepz'"),
+        (["--out", "b", "--set", "steps=many"], "steps is a int"),
+        (["--out", "b", "--set", "heads=3"], "heads"),
+        (["--out", "b", "--set", "supervise=some"], "supervise"),
+        (["--out", "b", "--data", "p.csv"], "more than"),
+    ]:
+        code, out, err = run_sudoku(*argv)
+        assert code == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err, argv
+    for argv, says in [
+        (["sudoku", "123"], "this one 3"),
+        (["sudoku", "." * 81, "--checkpoint", "nowhere"], "no such file"),
+        (["sudoku", "." * 81, "--steps", 0], "at least 1"),
+        (["sudoku", "--data", "nothing.csv"], "no such file"),
+        (["sudoku", "--data", "p.csv", "--by", "color"], "no column"),
+    ]:
+        code, out, err = run_sample(*argv)
+        assert code == 2 and says in err and "Traceback" not in err, argv
+    assert Path("runs/sudoku/checkpoint.pt").read_bytes() == kept and not Path("b").exists()
+
+
+def test_rmdm_alone_in_an_empty_folder_runs_the_readme_example(tmp_path):
+    code = re.search(r"```python\n(# Use rmdm.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    (tmp_path / "rmdm.py").write_bytes((HERE / "rmdm.py").read_bytes())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "[[1, 2, 3, 4, 5, 6, 7, 8]]" in done.stdout

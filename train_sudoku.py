@@ -1,0 +1,398 @@
+"""Sudoku with recursive masked diffusion: rules, data, evaluation, training.
+
+    python train_sudoku.py                              # picks device and preset, trains, evaluates
+    python train_sudoku.py --preset cpu --device cpu    # ten minutes on two CPU cores
+    python train_sudoku.py --preset gpu                 # ten minutes on one modern GPU
+    python train_sudoku.py --resume runs/sudoku         # goes on where an interrupted run stopped
+    python train_sudoku.py --data sudoku.csv            # trains on a published file, not generated puzzles
+    python train_sudoku.py --set loops=4 inject=false   # any field of rmdm.Config and rmdm.TrainConfig
+
+A board is 81 tokens, row by row: the digits are their own ids and a blank is MASK = 0, so that
+
+    "530070000..."  ->  5 3 0 0 7 0 0 0 0 ...
+
+is at once a puzzle and a diffusion state. Clues are never editable; the blanks of the puzzle are.
+Data: puzzles with exactly one solution that lose it with any clue fewer ("minimal"), generated here with
+NumPy. Masking only their blanks keeps every state of the forward process a puzzle with one solution.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import rmdm
+from rmdm import MASK, BadInput
+
+ROW = np.arange(81) // 9
+COL = np.arange(81) % 9
+BOX = ROW // 3 * 3 + COL // 3
+UNITS = np.array([np.flatnonzero(kind == i) for kind in (ROW, COL, BOX) for i in range(9)])  # (27, 9)
+COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # three axes: our choice, see rmdm.Config
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Rules
+# ---------------------------------------------------------------------------------------------------
+
+
+def parse(text):
+    """81 digits, with 0 . _ or * for a blank, to (81,) uint8. White space and lines of a drawn grid are
+    ignored. Raises BadInput for another length or character, or clues that break a rule."""
+    text = re.sub(r"[\s|+\-\u2500-\u257f]", "", text)
+    wrong = re.search(r"[^0-9._*]", text)
+    if wrong:
+        raise BadInput(f"{wrong[0]!r} at cell {wrong.start() + 1} is neither a digit nor a blank (0 . _ *)")
+    if len(text) != 81:
+        raise BadInput(f"a puzzle has 81 cells, this one {len(text)}")
+    board = np.frombuffer(re.sub("[._*]", "0", text).encode(), np.uint8) - 48
+    if (broken := conflict(board)) is not None:
+        raise BadInput(broken)
+    return board
+
+
+def conflict(board):
+    """The first rule that a board (81,) with blanks breaks, in words, or None."""
+    for u, cells in enumerate(UNITS):
+        counts = np.bincount(board[cells], minlength=10)[1:]
+        if counts.max() > 1:
+            return f"{('row', 'column', 'box')[u // 9]} {u % 9 + 1} has the digit {counts.argmax() + 1} twice"
+
+
+def valid(boards):
+    """(n, 81) -> (n,) bool: all nine digits in every row, column and box."""
+    return (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
+
+
+def draw(board):
+    """(81,) -> a grid of text."""
+    cells = [str(d) if d else "." for d in board]
+    rows = [" | ".join(" ".join(cells[r * 9 + c : r * 9 + c + 3]) for c in (0, 3, 6)) for r in range(9)]
+    return "\n".join(rows[:3] + ["------+-------+------"] + rows[3:6] + ["------+-------+------"] + rows[6:])
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Generator: thousands of boards in lockstep
+# ---------------------------------------------------------------------------------------------------
+# A board is a column of c (81, n) uint16: for each cell the set of its possible digits, one bit a digit.
+
+COUNT = np.array([bin(i).count("1") for i in range(512)], np.uint8)
+
+
+def deduce(c):
+    """One round of naked and hidden singles: (new c, (n,) bool False where a unit has no place for a digit)."""
+    single = np.where(c & (c - np.uint16(1)), np.uint16(0), c)
+    fixed = np.bitwise_or.reduce(single[UNITS], axis=1)
+    c = np.where(single, c, c & ~(fixed[ROW] | fixed[9 + COL] | fixed[18 + BOX]))
+    units = c[UNITS]  # (27, 9, n)
+    once, twice = units[:, 0].copy(), np.zeros_like(units[:, 0])
+    for i in range(1, 9):
+        twice |= once & units[:, i]
+        once |= units[:, i]
+    hidden = once & ~twice
+    hidden = c & (hidden[ROW] | hidden[9 + COL] | hidden[18 + BOX])
+    return np.where(hidden, hidden, c), (once == 511).all(0)
+
+
+def fill(n, rng):
+    """n random full grids (81, n): guess in a cell with fewest candidates, start again after a contradiction."""
+    c = np.full((81, n), 511, np.uint16)
+    while True:
+        new, ok = deduce(c)
+        new[:, ~ok] = 511
+        still = (new == c).all(0)
+        stuck = np.flatnonzero(still & (COUNT[new] > 1).any(0))
+        if still.all() and not len(stuck):
+            return c
+        size = COUNT[new[:, stuck]]
+        cell = np.where(size > 1, size + rng.random(size.shape, np.float32), 99).argmin(0)
+        weight = rng.random((9, len(stuck)), np.float32) * (new[cell, stuck] >> np.arange(9)[:, None] & 1)
+        new[cell, stuck] = 1 << weight.argmax(0)
+        c = new
+
+
+def solvable(c):
+    """(81, n) -> (n,) bool: is there any solution? Depth-first, all boards side by side: each stuck board
+    takes its first guess now, and the other possibility later if that fails."""
+    found, owner, later = np.zeros(c.shape[1], bool), np.arange(c.shape[1]), []
+    while len(owner) or later:
+        if not len(owner):
+            c, owner = (np.concatenate(parts, -1) for parts in zip(*later))
+            later = []
+        new, ok = deduce(c)
+        size = COUNT[new]
+        found[owner[ok & (size == 1).all(0)]] = True
+        go = ok & ~found[owner]
+        c, owner, new, size = c[:, go], owner[go], new[:, go], size[:, go]
+        stuck = np.flatnonzero((new == c).all(0))
+        cell = np.where(size > 1, size, 99)[:, stuck].argmin(0)
+        other = new[:, stuck]
+        guess = new[cell, stuck] & (~new[cell, stuck] + np.uint16(1))  # the lowest bit
+        other[cell, np.arange(len(stuck))] ^= guess
+        new[cell, stuck] = guess
+        if len(stuck):
+            later.append((other, owner[stuck]))
+        c = new
+    return found
+
+
+def generate(n, seed, show=True):
+    """n minimal puzzles with exactly one solution: puzzles, solutions (n, 81) uint8. About 600 a second."""
+    rng, done = np.random.default_rng(seed), []
+    with tqdm(total=n, desc="generating puzzles", unit="puzzle", disable=not show) as bar:
+        while (m := min(1024, n - bar.n)) > 0:
+            grid = fill(m, rng)
+            c, i = grid.copy(), np.arange(m)
+            for cell in rng.random((81, m)).argsort(0):  # each board digs in its own random order
+                test = c.copy()
+                test[cell, i] = 511 & ~grid[cell, i]  # any other digit here? Then the clue has to stay
+                gone = ~solvable(test)
+                c[cell[gone], i[gone]] = 511
+            digits = np.log2(grid).astype(np.uint8).T + 1
+            done.append((np.where(c.T == 511, MASK, digits).astype(np.uint8), digits))
+            bar.update(m)
+    return tuple(np.concatenate(part) for part in zip(*done))
+
+
+def canonical(grids):
+    """Full grids (n, 81) with the digits renamed so that the first row reads 1..9: equal if relabelings."""
+    names = np.empty((len(grids), 10), np.uint8)
+    np.put_along_axis(names, grids[:, :9].astype(int), np.arange(1, 10, dtype=np.uint8)[None], 1)
+    return np.take_along_axis(names, grids.astype(int), 1)
+
+
+def split(puzzles, solutions, held_out):
+    """The last `held_out` puzzles for testing and the others for training, without the training puzzles
+    whose grid is a held-out one, relabelings included. Returns (puzzles, solutions) twice."""
+    keys = [key.tobytes() for key in canonical(solutions)]
+    secret = set(keys[-held_out:])
+    keep = np.array([key not in secret for key in keys])
+    return (puzzles[keep], solutions[keep]), (puzzles[-held_out:], solutions[-held_out:])
+
+
+def generated(n, seed, folder="data"):
+    """`generate` with a cache on disk, keyed by its settings, written atomically and checked when read."""
+    path = Path(folder) / f"sudoku-minimal-v1-seed{seed}-n{n}.npy"
+    try:
+        both = np.load(path)
+        p, s = both
+        if both.shape == (2, n, 81) and valid(s).all() and ((p == MASK) | (p == s)).all():
+            return p, s
+        raise ValueError("the content is not that of a cache")
+    except FileNotFoundError:
+        pass
+    except (ValueError, EOFError, OSError) as e:
+        print(f"{path}: damaged ({e}); making it again")
+    both = np.stack(generate(n, seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as f:
+        np.save(f, both)
+    os.replace(part, path)
+    return both[0], both[1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Published files
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_puzzles(path, at_a_time=None, label=None):
+    """Yield (puzzles, solutions, labels) from a file: (n, 81) uint8 twice and a list of n strings.
+
+    Reads Kaggle 1M (quizzes,solutions) and 3M (id,puzzle,solution,clues,difficulty), sudoku-extreme
+    (source,question,answer,rating), Shah et al. (.npy of (N, 325): the number of givens, then 81 x (row,
+    column, value, strategy), givens first) and plain text of 81 characters a line. In a csv the columns are
+    known by content, since published names contradict each other; `label` names a column to hand through.
+    A solution that the file lacks is all MASK. Raises BadInput with the line number of a bad row."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
+    rows, size = [], at_a_time or 1 << 62
+    for row in _read_npy(path) if str(path).endswith(".npy") else _read_text(path, label):
+        rows.append(row)
+        if len(rows) == size:
+            yield _checked(path, rows)
+            rows = []
+    if rows:
+        yield _checked(path, rows)
+
+
+def _read_npy(path):
+    try:
+        data = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as e:
+        raise BadInput(f"{path}: not an .npy file, or a damaged one") from e
+    if data.ndim != 2 or data.shape[1] != 325:
+        raise BadInput(f"{path}: expected an array (N, 325), found {data.shape}")
+    for n, row in enumerate(data, 1):
+        row = np.asarray(row, np.int64)
+        cells = row[1:].reshape(81, 4)
+        if not 0 <= row[0] <= 81 or set((cells[:, 0] * 9 + cells[:, 1]).tolist()) != set(range(81)) or (
+            (cells[:, 2] < 1) | (cells[:, 2] > 9)
+        ).any():
+            raise BadInput(f"{path}, row {n}: not 81 x (row 0-8, column 0-8, value 1-9, strategy)")
+        board = np.zeros((2, 81), np.uint8)
+        place = cells[:, 0] * 9 + cells[:, 1]
+        board[0, place[: row[0]]] = cells[: row[0], 2]
+        board[1, place] = cells[:, 2]
+        yield n, *board, ""
+
+
+def _read_text(path, label):
+    is_board = re.compile(r"[0-9._*]{81}").fullmatch
+    columns = header = None
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+        for n, line in enumerate(f, 1):
+            fields = [field.strip().strip('"') for field in line.strip().split(",")]
+            if fields == [""] or line.startswith("#"):
+                continue
+            boards = [i for i, field in enumerate(fields) if is_board(field)]
+            if columns is None and not boards and header is None:
+                header = fields
+                continue
+            if columns is None:
+                columns = sorted(boards, key=lambda i: not re.search("[0._*]", fields[i]))[:2]
+                if label and label not in (header or []):
+                    raise BadInput(f"{path}: no column {label!r}")
+                where = header.index(label) if label else None
+            short = not columns or max(columns + [where or 0]) >= len(fields)
+            if short or not all(is_board(fields[i]) for i in columns):
+                raise BadInput(f"{path}, line {n}: expected 81 digits or blanks (0 . _ *), found {line.strip()[:90]!r}")
+            board = [np.frombuffer(re.sub("[._*]", "0", fields[i]).encode(), np.uint8) - 48 for i in columns]
+            yield n, board[0], board[1] if len(board) > 1 else np.zeros(81, np.uint8), fields[where] if label else ""
+
+
+def _checked(path, rows):
+    lines, puzzles, solutions, labels = zip(*rows)
+    puzzles, solutions = np.array(puzzles), np.array(solutions)
+    known = (solutions != MASK).any(1)
+    for bad, what in (
+        (known & ~valid(solutions), "the solution breaks the rules"),
+        (known & ((puzzles != MASK) & (puzzles != solutions)).any(1), "the solution contradicts the puzzle"),
+    ):
+        if bad.any():
+            raise BadInput(f"{path}, line {lines[bad.argmax()]}: {what}")
+    return puzzles, solutions, list(labels)
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Training batches and evaluation
+# ---------------------------------------------------------------------------------------------------
+
+
+def augment(boards, generator=None):
+    """Apply one random symmetry of Sudoku to each example of boards (k, B, 81), the same to all k: rename
+    the digits, permute bands, rows within bands, stacks, columns within stacks, transpose. On any device."""
+    k, B, _ = boards.shape
+
+    def rand(*shape):
+        return torch.rand(shape, generator=generator, device=boards.device)
+
+    def lines():  # (B, 9): where each row (or column) comes from
+        return (rand(B, 3, 1).argsort(1) * 3 + rand(B, 3, 3).argsort(2)).view(B, 9)
+
+    source = lines()[:, :, None] * 9 + lines()[:, None, :]
+    source = torch.where(rand(B, 1, 1) < 0.5, source, source.transpose(1, 2)).reshape(1, B, 81)
+    names = F.pad(rand(B, 9).argsort(1) + 1, (1, 0))  # MASK stays MASK
+    return names.expand(k, B, 10).gather(2, boards.gather(2, source.expand(k, B, 81)))
+
+
+def batches(puzzles, solutions, device):
+    """The `batch` function that rmdm.train asks for: random puzzles under random symmetries."""
+    boards = torch.from_numpy(np.stack([puzzles, solutions])).to(device)  # uint8: small on the device
+
+    def batch(n, generator):
+        i = torch.randint(boards.shape[1], (n,), generator=generator, device=device)
+        puzzle, x0 = augment(boards[:, i].long(), generator)
+        return x0, puzzle == MASK
+
+    return batch
+
+
+def evaluate(model, puzzles, solutions, batch=128, **how):
+    """Solve puzzles (n, 81) with rmdm.sample(**how) and score: a dict of n, exact, valid and cell (shares;
+    exact and cell need solutions), nfe and layer_passes (means per puzzle) and seconds."""
+    device, began, boards, passes, nfe = next(model.parameters()).device, time.perf_counter(), [], [], []
+    for i in range(0, len(puzzles), batch):
+        out = rmdm.sample(model, torch.from_numpy(puzzles[i : i + batch]).long().to(device), **how)
+        boards.append(out.x.cpu()), passes.append(out.passes.cpu()), nfe.append(out.nfe.cpu())
+    boards, passes, nfe = (torch.cat(part).numpy() for part in (boards, passes, nfe))
+    right, blank, c = boards == solutions, puzzles == MASK, model.config
+    kept = (boards == puzzles) | blank
+    return dict(
+        n=len(puzzles),
+        exact=float(right.all(1).mean()),
+        valid=float((valid(boards) & kept.all(1)).mean()),
+        cell=float(right[blank].mean()),
+        nfe=float(nfe.mean()),
+        layer_passes=float((nfe * c.layers + passes * (c.head + c.tail)).mean()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. The command
+# ---------------------------------------------------------------------------------------------------
+
+HELD_OUT = 512  # puzzles kept for evaluation
+
+
+def presets(args):
+    return {
+        # ten minutes on two CPU cores, data and evaluation included
+        "cpu": (
+            rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=8, inject=True),
+            rmdm.TrainConfig(steps=8000, batch=32),
+        ),
+        # meant for ten minutes of one modern GPU; not measured on one yet
+        "gpu": (
+            rmdm.Config(10, COORDS, width=256, heads=4, layers=2, loops=8, inject=True),
+            rmdm.TrainConfig(steps=10_000, batch=512, lr=0.01, lr_rest=2e-3, warmup=500, ema=0.999),
+        ),
+    }
+
+
+def prepare(args, device):
+    if args.data:
+        puzzles, solutions, _ = next(read_puzzles(args.data), (None, None, None))
+        if puzzles is None or len(puzzles) <= HELD_OUT:
+            raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles")
+        if not (solutions != MASK).all():
+            raise BadInput(f"{args.data}: training needs a solution for every puzzle")
+    else:
+        puzzles, solutions = generated(args.puzzles + HELD_OUT, args.seed)
+    seen, test = split(puzzles, solutions, HELD_OUT)
+    few = [part[:128] for part in test]
+
+    def check(model):
+        x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
+        bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean()
+        return dict(nelbo=bound.item()) | {f"exact_T{T}": evaluate(model, *few, steps=T)["exact"] for T in (1, 20)}
+
+    def report(model):
+        L, steps = model.config.loops, (1, 5, 20, 81)
+        print(f"\nexact, % of {HELD_OUT} held-out minimal puzzles, by loops L and steps T (confidence order)")
+        print("        " + "".join(f"{f'T={T}':>8}" for T in steps))
+        for loops in (L // 2, L, L * 3 // 2):
+            scores = [evaluate(model, *test, steps=T, loops=loops)["exact"] for T in steps]
+            print(f"  L={loops:<4}" + "".join(f"{100 * score:8.1f}" for score in scores))
+        puzzle = "".join(map(str, test[0][0])).replace("0", ".")
+        print(f"\nNow solve one that it has never seen:\n  python sample.py sudoku --checkpoint {args.out} {puzzle}")
+
+    return batches(*seen, device), check, report
+
+
+def main():
+    options = {
+        "--data": dict(metavar="FILE", help=f"train on a published file, its last {HELD_OUT} puzzles held out"),
+        "--puzzles": dict(type=int, default=10_000, help="how many to generate (default: %(default)s)"),
+    }
+    rmdm.launch("sudoku", __doc__, presets, prepare, options)
+
+
+if __name__ == "__main__":
+    rmdm.cli(main)
