@@ -30,6 +30,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import signal
 import sys
 import time
@@ -534,12 +535,19 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
         for optimizer, state in zip(optimizers, resume["optimizers"]):
             optimizer.load_state_dict(state)
         generator.set_state(resume["rng"])
+        # drop what was logged after the checkpoint: it comes again
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
+        log.write_text("".join(line + "\n" for line in lines))
+    else:  # the log says what run it is of
+        facts = dict(task=task, parameters=sum(w.numel() for w in model.parameters()), torch=torch.__version__)
+        where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
+        facts |= dict(device=where, threads=torch.get_num_threads(), **asdict(config), **asdict(model.config))
+        facts.pop("coords")  # long, and in the checkpoint
+        log.write_text(json.dumps(dict(step=0) | facts) + "\n")
+
     if cuda:
         for layer in (*model.head, *model.block, *model.tail):
             layer.compile()  # in place: the names in a checkpoint stay as they are
-    if start:  # drop what was logged after the checkpoint: it comes again
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
-        log.write_text("".join(line + "\n" for line in lines))
 
     def checkpoint():
         slim = dict(
@@ -627,13 +635,24 @@ def configure(pairs, *configs):
     return configs
 
 
+def command_line(doc):
+    """An argument parser that reports a mistake in one line, as BadInput."""
+
+    def refuse(message):
+        raise BadInput(f"{message} (--help lists the options)")
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    return parser
+
+
 def launch(task, doc, presets, prepare, options):
     """`python train_TASK.py`: read the command line, train or resume, report.
 
-    presets(args)          -> {"cpu": (Config, TrainConfig), "gpu": ...}
+    presets(args)          -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
     prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end
     options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(doc)
     add = parser.add_argument
     add("--preset", choices=("cpu", "gpu"), help="size of model and run; default: gpu on a GPU, else cpu")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first there is")
@@ -658,18 +677,21 @@ def launch(task, doc, presets, prepare, options):
         if (Path(out) / "checkpoint.pt").exists():
             raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
         args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-        config, training = configure(args.set, *presets(args)[args.preset])
+        *configs, about = presets(args)[args.preset]
+        config, training = configure(args.set, *configs)
         training = replace(training, seed=args.seed)
+        print(f"preset {args.preset}: {about}; the bar shows the time left on this machine")
     torch.manual_seed(args.seed)
     model = RMDM(config).to(device)
-    print(
-        f"{task}, preset {args.preset}, on {device}: {sum(w.numel() for w in model.parameters()):,} parameters, "
-        f"K={config.layers} layers x L={config.loops} loops, d={config.width}; "
-        f"{training.steps} steps of {training.batch}, {'from step %d' % ckpt['step'] if ckpt else 'into'} {out}"
-    )
+    size = f"{sum(w.numel() for w in model.parameters()):,} parameters, d={config.width}"
+    print(f"{task} on {device}: K={config.layers} layers x L={config.loops} loops, {size}")
+    print(f"training: {training.steps} steps of {training.batch}, from step {ckpt['step'] if ckpt else 0}, into {out}")
     batch, evaluate, report = prepare(args, device)
     try:
-        report(train(model, training, batch, evaluate, out, task, vars(args), ckpt))
+        model = train(model, training, batch, evaluate, out, task, vars(args), ckpt)
+        last = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])
+        print(f"trained {last['step']} steps in {last['seconds']:.0f} s, {last['flops']:.3g} floating-point operations")
+        report(model)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; go on with: python {sys.argv[0]} --resume {out}") from None
 

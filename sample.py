@@ -1,17 +1,22 @@
-"""Use a trained model: solve a puzzle, or measure the model on a file.
+"""Use a trained model: solve puzzles, watch them being solved, measure the model.
 
     python sample.py sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
-    python sample.py sudoku --checkpoint runs/sudoku --steps 20 --order margin < puzzle.txt
-    python sample.py sudoku --data puzzles.csv --steps 1 5 20 81        # accuracy on a published file
-    python sample.py sudoku --data puzzles.csv --by level --json        # by a column of the file, as JSON
+    python sample.py sudoku puzzles.txt                      # a file of many, or standard input
+    python sample.py sudoku --show 53..7....6..195...         # the denoising, step by step and loop by loop
+    python sample.py sudoku --checkpoint runs/sudoku --steps 20 --loops adaptive 53..7....6..195...
+    python sample.py sudoku --data puzzles.csv --steps 1,5,20,81 --by level       # accuracy on a file
+    python sample.py sudoku --data puzzles.csv --sweep       # accuracy by loops and steps
 
-The exit code is 0 if the answer is right, 1 if it is not, 2 if the input is bad.
+A puzzle is 81 digits with blanks as 0 . _ or *, on one line or as a drawn grid. Exit code: 0 if every answer
+is right, 1 if one is not, 2 if the input is bad.
 """
 
-import argparse
 import json
+import os
+import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,84 +24,231 @@ from tqdm import tqdm
 
 import rmdm
 import train_sudoku as sudoku
-from rmdm import BadInput
+from rmdm import MASK, BadInput
 
-KEYS = ("n", "exact", "valid", "cell", "nfe", "layer_passes", "seconds")
+WEIGHTS = {"sudoku": Path(__file__).parent / "weights" / "sudoku-small.pt"}
+EPS = 0.02  # change of the hidden state under which `--loops adaptive` stops, eq. (7)
+COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
 
 
-def solve(model, text, steps, how):
-    """Print the model's answer to one puzzle; True if it is right."""
-    puzzle = sudoku.parse(text)
-    began = time.perf_counter()
+def paint(text, color):
+    return f"\033[{color}m{text}\033[0m" if COLOR else str(text)
+
+
+def sure_color(p):
+    return GREEN if p >= 0.9 else YELLOW if p >= 0.5 else RED
+
+
+def place(cell):
+    return f"r{cell // 9 + 1}c{cell % 9 + 1}"
+
+
+# ---- solve and show ----
+
+
+def read(arguments):
+    """The puzzles named on the command line, in a file, or on standard input: (n, 81)."""
+    text, where = " ".join(arguments), ""
+    if not arguments or text == "-":
+        text, where = sys.stdin.read(), "standard input"
+    elif len(arguments) == 1 and (Path(text).is_file() or re.search(r"\.[A-Za-z]\w*$", text)):
+        where = text
+        try:
+            text = Path(text).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadInput(f"{where}: {getattr(e, 'strerror', None) or 'not a text file'}") from e
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
+    if where and any(len(line.strip()) >= 81 for _, line in lines):  # one puzzle a line; else a drawn grid
+        puzzles = []
+        for n, line in lines:
+            try:
+                puzzles.append(sudoku.parse(line))
+            except BadInput as e:
+                raise BadInput(f"{where}, line {n}: {e}") from None
+        return np.stack(puzzles)
+    return sudoku.parse("\n".join(line for _, line in lines))[None]
+
+
+def as_far_as_right(puzzle, trace):
+    """Replay the reveals, surest first in each step, up to the first that breaks a rule: (board, which rule)."""
+    board = puzzle.copy()
+    for step in trace:
+        cells = step["revealed"].nonzero()[:, 0]
+        for cell in cells[step["sure"][cells].argsort(descending=True)].tolist():
+            board[cell] = step["x"][cell]
+            if (broken := sudoku.conflict(board)) is not None:
+                board[cell] = MASK
+                return board, f"{place(cell)}={step['x'][cell]} breaks a rule, {broken}"
+    return board, None
+
+
+def side_by_side(*grids, gap="    "):
+    return "\n".join(gap.join(lines) for lines in zip(*grids))
+
+
+def show_steps(puzzle, trace):
+    for k, step in enumerate(trace, 1):
+        new = step["revealed"].nonzero()[:, 0].tolist()
+        x, sure = step["x"].tolist(), step["sure"].tolist()
+        cells = [
+            paint(x[i], BOLD) if puzzle[i] else paint(x[i], f"7;{sure_color(sure[i])}") if i in new else x[i]
+            for i in range(81)
+        ]
+        if COLOR:
+            print("\033[H\033[2J", end="")  # one frame over the other
+        print(f"step {k} of {len(trace)}, {step['loops']} loops: revealed {len(new)}")
+        print("\n".join(sudoku.draw(cells)))
+        best = sorted(new, key=lambda i: -sure[i])
+        print("  ".join(paint(f"{place(i)}={x[i]} {100 * sure[i]:.1f}%", sure_color(sure[i])) for i in best[:6]), "\n")
+        if COLOR:
+            sys.stdout.flush()
+            time.sleep(0.15)
+
+
+def show_loops(model, puzzle, loops):
+    """What the first denoising step would answer if it were read off after each loop."""
     x = torch.from_numpy(puzzle).long()[None].to(next(model.parameters()).device)
-    out = rmdm.sample(model, x, steps=steps, **how)
-    board = out.x[0].cpu().numpy()
-    print(sudoku.draw(board))
-    wrong = sudoku.conflict(board)
-    print(
-        f"{'right: every row, column and box holds 1 to 9' if wrong is None else 'wrong: ' + wrong} "
-        f"({out.passes[0]} steps, {out.nfe[0]} loops, {time.perf_counter() - began:.2f} s)"
-    )
-    return wrong is None
+    with torch.no_grad():
+        share = (x == MASK).float().mean(1)
+        p = model(x, share, loops, range(1, loops + 1))[:, 0].softmax(-1).cpu()  # (L, 81, V)
+    sure, digits = p.max(-1)
+    blank = torch.from_numpy(puzzle == MASK)
+    print("the first step, read off after each loop (blank where no digit reaches 50%):\n")
+    grids = []
+    for l in range(loops):
+        cells = [
+            paint(puzzle[i], BOLD) if puzzle[i]
+            else paint(digits[l, i].item(), sure_color(sure[l, i])) if sure[l, i] >= 0.5 else 0
+            for i in range(81)
+        ]
+        title = f"loop {l + 1}: {int((sure[l, blank] >= 0.9).sum())}/{int(blank.sum())} over 90%"
+        grids.append([title.ljust(21), *sudoku.draw(cells)])
+    for i in range(0, loops, 3):
+        print(side_by_side(*grids[i : i + 3]), "\n")
 
 
-def measure(model, path, by, steps, how):
-    """Scores over a file, for all of it ("all") and for each value of its column `by`: {group: scores}."""
-    groups = {}
-    with tqdm(desc=f"{path}, T={steps}", unit="puzzle") as bar:
+def solve(model, puzzles, show, **how):
+    """Print the answers to puzzles (n, 81); True if all are right."""
+    began = time.perf_counter()
+    x = torch.from_numpy(puzzles).long().to(next(model.parameters()).device)
+    out = rmdm.sample(model, x, trace=True, **how)
+    seconds = time.perf_counter() - began
+    right = 0
+    for n, puzzle in enumerate(puzzles):
+        trace = [{k: v[n].cpu() for k, v in step.items()} for step in out.trace if step["loops"][n]]
+        if show:
+            show_loops(model, puzzle, how["loops"] or model.config.loops)
+            show_steps(puzzle, trace)
+        board, broken = as_far_as_right(puzzle, trace)
+        right += broken is None
+        answer = [paint(d, BOLD if puzzle[i] else GREEN) if d else 0 for i, d in enumerate(board)]
+        print(side_by_side(sudoku.draw([paint(d, BOLD) if d else 0 for d in puzzle]), sudoku.draw(answer)))
+        cost = f"{out.passes[n]} steps, {out.nfe[n]} loops"
+        if broken is None:
+            print(paint("right", GREEN) + f", checked by the rules ({cost})\n")
+        else:
+            left = int((board == MASK).sum())
+            print(paint("not solved", RED) + f": {broken}; shown up to there, {left} cells left ({cost})\n")
+    print(f"{right} of {len(puzzles)} right, {seconds:.2f} s")
+    return right == len(puzzles)
+
+
+# ---- measure ----
+
+
+def measure(model, path, by, **how):
+    """Scores over a file, in constant memory: {group: scores} for each value of column `by`, then "all"."""
+    totals = {}
+    with tqdm(desc=f"{path}, T={how['steps']}", unit="puzzle", dynamic_ncols=True) as bar:
         for puzzles, solutions, labels in sudoku.read_puzzles(path, 1000, by):
             labels = np.array(labels)
             for label in dict.fromkeys(labels.tolist()):
                 some = labels == label
-                score = sudoku.evaluate(model, puzzles[some], solutions[some], steps=steps, **how)
-                groups.setdefault(label, []).append([score[key] for key in KEYS])
-                bar.update(int(some.sum()))
-    if not groups:
+                score = sudoku.evaluate(model, puzzles[some], solutions[some], **how)
+                weighted = {key: score[key] * (1 if key in ("n", "seconds") else score["n"]) for key in score}
+                for group in {label, "all"} if by else {"all"}:
+                    total = totals.setdefault(group, dict.fromkeys(score, 0))
+                    totals[group] = {key: total[key] + weighted[key] for key in score}
+                bar.update(score["n"])
+    if not totals:
         raise BadInput(f"{path}: no puzzle in it")
-    if by:
-        groups["all"] = sum(groups.values(), [])
-    result = {}
-    for label, rows in groups.items():
-        n, *means, seconds = zip(*rows)
-        means = [float(np.average(mean, weights=n)) for mean in means]
-        result[label or "all"] = dict(zip(KEYS, (sum(n), *means, sum(seconds))))
-    return result
+    totals["all"] = totals.pop("all")  # last
+    return {
+        group: {key: total[key] / (1 if key in ("n", "seconds") else total["n"]) for key in total}
+        for group, total in totals.items()
+    }
+
+
+def sweep(model, path, **how):
+    """Print accuracy by loops (rows) and steps (columns), all from this one model."""
+    L, steps = model.config.loops, (1, 5, 20, 81)
+    print(f"exact, %, on {path}, order {how['order']}\n      " + "".join(f"{f'T={T}':>8}" for T in steps))
+    for loops in sorted({max(1, L // 4), max(1, L // 2), L, L * 3 // 2, L * 2}):
+        scores = [measure(model, path, None, **how | {"steps": T, "loops": loops})["all"] for T in steps]
+        print(f"L={loops:<4}" + "".join(f"{100 * score['exact']:8.1f}" for score in scores), flush=True)
+
+
+def number(kind, low, high=float("inf")):
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < float("inf") else "")  # for argparse
+    return parse
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rmdm.command_line(__doc__)
     add = parser.add_argument
-    add("task", choices=["sudoku"])
-    add("puzzle", nargs="*", help="81 characters, blanks as 0 . _ or *; default: read from standard input")
-    add("--checkpoint", metavar="FILE_OR_RUN", default="runs/sudoku", help="default: %(default)s")
-    add("--data", metavar="FILE", nargs="+", help="measure on these files instead")
-    add("--by", metavar="COLUMN", help="with --data: break the result down by this column")
-    add("--json", action="store_true", help="with --data: one JSON object a line")
-    add("--steps", type=int, nargs="+", default=[81], help="denoising steps T (default: 81, one cell each)")
-    add("--loops", type=int, help="loops L in each step (default: as trained)")
+    add("task", choices=list(WEIGHTS))
+    add("puzzle", nargs="*", help="a puzzle or a file of puzzles; default: standard input")
+    add("--checkpoint", metavar="FILE_OR_RUN", help="default: the weights that come with this repository")
+    add("--show", action="store_true", help="show the denoising: one step loop by loop, then step by step")
+    add("--steps", default="81", metavar="T,...", help="denoising steps; default 81, a cell each")
+    add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
     add("--order", choices=rmdm.ORDERS, default="confidence")
-    add("--seed", type=int, default=0, help="for the orders that draw (default: 0)")
+    add("--threshold", type=number(float, 0, 1), help="at each step reveal all that is at least this sure")
+    add("--temperature", type=number(float, 0), default=0.0, help="of the digits drawn; default 0: the likeliest")
+    add("--seed", type=int, default=0, help="for orders and temperatures that draw")
+    add("--data", metavar="FILE", nargs="+", help="measure on these files instead")
+    add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
+    add("--json", action="store_true", help="with --data: one JSON object a line")
+    add("--sweep", action="store_true", help="with --data: a table by loops and steps")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     args = parser.parse_intermixed_args()
-    if min(args.steps) < 1 or (args.loops or 1) < 1:
-        raise BadInput("--steps and --loops are at least 1")
+    adaptive = args.loops == "adaptive"
+    if not (args.loops is None or adaptive or args.loops.isdecimal() and int(args.loops)):
+        raise BadInput(f"--loops is a number from 1 or `adaptive`, not {args.loops!r}")
+    if not all(T.isdecimal() and int(T) for T in args.steps.split(",")):
+        raise BadInput(f"--steps is a number from 1, or several with commas, not {args.steps!r}")
+    steps = [int(T) for T in args.steps.split(",")]
     device = rmdm.pick_device(args.device)
-    model = rmdm.load(args.checkpoint, device, "sudoku")
-    how = dict(loops=args.loops, order=args.order, generator=torch.Generator(device).manual_seed(args.seed))
+    model = rmdm.load(args.checkpoint or WEIGHTS[args.task], device, args.task)
+    how = dict(
+        loops=None if adaptive or not args.loops else int(args.loops),
+        eps=EPS if adaptive else 0.0,
+        order=args.order,
+        threshold=args.threshold,
+        temperature=args.temperature,
+        generator=torch.Generator(device).manual_seed(args.seed),
+    )
     if not args.data:
-        return 0 if solve(model, " ".join(args.puzzle) or sys.stdin.read(), args.steps[0], how) else 1
+        return 0 if solve(model, read(args.puzzle), args.show, steps=steps[0], **how) else 1
     for path in args.data:
-        for steps in args.steps:
-            for label, score in measure(model, path, args.by, steps, how).items():
+        if args.sweep:
+            sweep(model, path, **how)
+            continue
+        for T in steps:
+            for group, score in measure(model, path, args.by, steps=T, **how).items():
                 if args.json:
-                    print(json.dumps({"file": path, "group": label, "steps": steps} | score), flush=True)
+                    print(json.dumps({"file": path, "group": group, "steps": T} | score), flush=True)
                     continue
                 percent = "  ".join(f"{key} {100 * score[key]:5.1f}%" for key in ("exact", "valid", "cell"))
-                print(
-                    f"{path}  {label}  T={steps}  n={score['n']}  {percent}  nfe {score['nfe']:.1f}  "
-                    f"layer passes {score['layer_passes']:.1f}  {score['seconds']:.1f} s",
-                    flush=True,
-                )
+                cost = f"nfe {score['nfe']:.1f}  layer passes {score['layer_passes']:.1f}  {score['seconds']:.1f} s"
+                print(f"{path}  {group}  T={T}  n={score['n']}  {percent}  {cost}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """python -m pytest -q test_rmdm.py    (under two minutes on two cores; no network, no GPU)"""
 
+import io
 import itertools
 import json
 import math
@@ -412,7 +413,7 @@ def test_augmentation_keeps_puzzles_valid_and_moves_everything(puzzles):
 def test_rules():
     easy = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     board = sudoku.parse(easy)
-    assert sudoku.parse(sudoku.draw(board)).tolist() == board.tolist()
+    assert sudoku.parse("\n".join(sudoku.draw(board))).tolist() == board.tolist()
     assert sudoku.parse(easy.replace(".", "_")).tolist() == sudoku.parse(easy.replace(".", "0")).tolist()
     for bad, says in [
         (easy[:-1], "this one 80"),
@@ -500,7 +501,7 @@ def test_a_resumed_run_ends_bit_identical(tmp_path):
     assert torch.equal(whole["rng"], cut["rng"]) and whole["flops"] == cut["flops"]
     assert not torch.equal(half["ema"]["token.weight"], cut["ema"]["token.weight"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
-    assert steps == [10, 13, 20, 24]
+    assert steps == [0, 10, 13, 20, 24]
 
 
 def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -594,11 +595,12 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     assert code == 0 and "T=81" in out
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1]
     code, out, _ = run_sample(*command.split())
-    assert code == 1 and "wrong: " in out and out.count("|") == 18
+    assert code == 1 and "not solved: " in out and out.count("|") == 36
     p, s = (["".join(map(str, row)) for row in part[:6]] for part in puzzles)
     rows = "".join(f"{x},{y},{i % 2}\n" for i, (x, y) in enumerate(zip(p, s)))
     (tmp_path / "p.csv").write_text("puzzle,solution,level\n" + rows)
-    code, out, _ = run_sample("sudoku", "--data", "p.csv", "--steps", 1, 2, "--by", "level", "--json")
+    model = ("--checkpoint", "runs/sudoku")
+    code, out, _ = run_sample("sudoku", *model, "--data", "p.csv", "--steps", "1,2", "--by", "level", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r["steps"] for r in rows] == [1, 1, 1, 2, 2, 2]
     assert [(r["group"], r["n"]) for r in rows[:3]] == [("0", 3), ("1", 3), ("all", 6)]
@@ -618,15 +620,39 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     ]:
         code, out, err = run_sudoku(*argv)
         assert code == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err, argv
+    (tmp_path / "many.txt").write_text("# two\n" + "\n".join(p[:2]) + "\n")
+    code, out, _ = run_sample("sudoku", "many.txt", "--checkpoint", "runs/sudoku", "--show", "--steps", "2")
+    assert "of 2 right" in out and "loop 2: " in out and "step 2 of 2, 2 loops" in out and "\033" not in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sudoku.draw(puzzles[1][0]))))  # nothing left to fill in
+    code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku")
+    assert code == 0 and "right, checked by the rules (0 steps, 0 loops)" in out
+    code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku", "--data", "p.csv", "--sweep")
+    assert code == 0 and re.findall(r"L=(\d+)", out) == ["1", "2", "3", "4"]
+    (tmp_path / "short.txt").write_text(p[0] + "\n" + p[1] + "5\n")
+    (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
     for argv, says in [
         (["sudoku", "123"], "this one 3"),
-        (["sudoku", "." * 81, "--checkpoint", "nowhere"], "no such file"),
-        (["sudoku", "." * 81, "--steps", 0], "at least 1"),
+        (["sudoku", "55" + "." * 79], "row 1 has the digit 5 twice"),
+        (["sudoku", "many.txt", "--checkpoint", "nowhere"], "nowhere: no such file"),
+        (["sudoku", "many.txt", "--checkpoint", "noise.bin"], "not an rmdm checkpoint"),
+        (["sudoku", "none.txt"], "none.txt: No such file"),
+        (["sudoku", "short.txt"], "short.txt, line 2: a puzzle has 81 cells, this one 82"),
+        (["sudoku", "noise.bin"], "not a text file"),
+        (["sudoku", "many.txt", "--steps", "0"], "--steps is a number from 1"),
+        (["sudoku", "many.txt", "--loops", "few"], "--loops is a number from 1 or `adaptive`"),
+        (["sudoku", "many.txt", "--threshold", "2"], "argument --threshold"),
+        (["sudoku", "many.txt", "--order", "best"], "argument --order"),
+        (["sudoku", "many.txt", "--order", "ancestral", "--threshold", "0.9"], "threshold needs an order"),
+        (["chess"], "argument task"),
         (["sudoku", "--data", "nothing.csv"], "no such file"),
-        (["sudoku", "--data", "p.csv", "--by", "color"], "no column"),
+        (["sudoku", "--data", "noise.bin"], "noise.bin"),
+        (["sudoku", "--data", "p.csv", "--by", "color"], "no column 'color'"),
     ]:
+        if "--checkpoint" not in argv:
+            argv = [*argv, "--checkpoint", "runs/sudoku"]
         code, out, err = run_sample(*argv)
-        assert code == 2 and says in err and "Traceback" not in err, argv
+        assert code == 2 and says in err and err.splitlines()[-1].startswith("sample.py: "), argv
+        assert "Traceback" not in err and out == "", argv
     assert Path("runs/sudoku/checkpoint.pt").read_bytes() == kept and not Path("b").exists()
 
 

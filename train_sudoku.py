@@ -68,11 +68,12 @@ def valid(boards):
     return (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
 
 
-def draw(board):
-    """(81,) -> a grid of text."""
-    cells = [str(d) if d else "." for d in board]
+def draw(cells):
+    """81 digits (0 is a blank) or characters -> the eleven lines of a grid."""
+    cells = [str(cell) if cell else "." for cell in cells]
     rows = [" | ".join(" ".join(cells[r * 9 + c : r * 9 + c + 3]) for c in (0, 3, 6)) for r in range(9)]
-    return "\n".join(rows[:3] + ["------+-------+------"] + rows[3:6] + ["------+-------+------"] + rows[6:])
+    rule = "------+-------+------"
+    return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -343,15 +344,15 @@ HELD_OUT = 512  # puzzles kept for evaluation
 
 def presets(args):
     return {
-        # ten minutes on two CPU cores, data and evaluation included
         "cpu": (
             rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=8, inject=True),
             rmdm.TrainConfig(steps=8000, batch=32),
+            "about ten minutes on two CPU cores, data and evaluation included",
         ),
-        # meant for ten minutes of one modern GPU; not measured on one yet
         "gpu": (
             rmdm.Config(10, COORDS, width=256, heads=4, layers=2, loops=8, inject=True),
             rmdm.TrainConfig(steps=10_000, batch=512, lr=0.01, lr_rest=2e-3, warmup=500, ema=0.999),
+            "meant for ten minutes of one modern GPU (not measured on one yet)",
         ),
     }
 

@@ -1,0 +1,102 @@
+"""Make the README's tables and figures from the logs in this folder:  python assets/results.py
+
+    sudoku-cpu-seed*.jsonl        log.jsonl of `python train_sudoku.py --seed ...`
+    sudoku-cpu-seed*-eval.jsonl   `python sample.py sudoku --data ... --steps 1,5,20,81 --by level --json`
+
+Prints the tables as Markdown; writes sudoku-loss.png and, from weights/, sudoku-recursion.png beside itself.
+Needs matplotlib, which nothing else does.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import rmdm  # noqa: E402
+import train_sudoku as sudoku  # noqa: E402
+
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
+
+def seeds(pattern):
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(HERE.glob(pattern))]
+
+
+def table(title, rows):
+    head, *body = rows
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in body:
+        print(f"| {' | '.join(row)} |")
+
+
+def sudoku_runs():
+    rows = [("seed", "parameters", "K x L, d", "steps x batch", "training FLOPs", "minutes", "device", "NELBO, nats")]
+    for head, *_, last in seeds("sudoku-cpu-seed?.jsonl"):
+        size = f"{head['layers']} x {head['loops']}, {head['width']}"
+        device = f"{head['device']}, {head['threads']} threads"
+        work = f"{head['steps']} x {head['batch']}", f"{last['flops']:.2g}", f"{last['seconds'] / 60:.1f}"
+        rows.append((str(head["seed"]), f"{head['parameters']:,}", size, *work, device, f"{last['nelbo']:.2f}"))
+    table("Training runs", rows)
+
+
+def sudoku_sets():
+    runs = seeds("sudoku-cpu-seed*-eval.jsonl")
+    steps = sorted({row["steps"] for row in runs[0]})
+    keys = dict.fromkeys((row["file"], row["group"]) for row in runs[0])
+    for title, whole in (("By set", True), ("By level", False)):
+        rows = [("file", "n", *(f"T={T}" for T in steps), "NFE at each T")]
+        for file, group in (key for key in keys if (key[1] == "all") == whole):
+            found = [[r for r in run if (r["file"], r["group"]) == (file, group)] for run in runs]
+            scores = (" / ".join(f"{100 * r['exact']:.1f}" for r in at_T) for at_T in zip(*found))
+            nfe = ", ".join(f"{r['nfe']:.0f}" for r in found[0])
+            name = Path(file).stem + ("" if whole else f", {group}")
+            rows.append((name, str(found[0][0]["n"]), *scores, nfe))
+        table(f"{title}: exact, %, seeds {' / '.join(str(i) for i in range(len(runs)))}", rows)
+
+
+def loss_curve():
+    fig, ax = plt.subplots(figsize=(6.4, 3.2))
+    for head, *log in seeds("sudoku-cpu-seed?.jsonl"):
+        # the objective divides by the editable cells, of which half are masked on average: times 2 is per masked cell
+        ax.plot([r["step"] for r in log], [2 * r["loss"] for r in log], lw=1, label=f"seed {head['seed']}")
+    ax.axhline(math.log(9), color="gray", ls=":", lw=1)
+    ax.text(0.98, math.log(9), "ln 9: nothing learned", transform=ax.get_yaxis_transform(), va="bottom", ha="right")
+    ax.set(xlabel="training step", ylabel="nats per masked cell", xscale="log", ylim=(0, 2.6))
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-loss.png", dpi=150)
+
+
+def recursion():
+    """One denoising step of the shipped model on one puzzle, read off after each loop."""
+    model = rmdm.load(HERE.parent / "weights" / "sudoku-small.pt")
+    L, x = model.config.loops, torch.from_numpy(sudoku.parse(PUZZLE)).long()[None]
+    with torch.no_grad():
+        sure, digit = model(x, torch.ones(1), L, range(1, L + 1))[:, 0].softmax(-1).max(-1)
+    fig, axes = plt.subplots(2, (L + 1) // 2, figsize=(11, 6))
+    for l, ax in enumerate(axes.flat[:L]):
+        blank = x[0] == rmdm.MASK
+        ax.imshow(torch.where(blank, sure[l], math.nan).view(9, 9), cmap="YlGn", vmin=0.1, vmax=1.4)
+        for i in range(81):
+            right = digit[l, i] == digit[-1, i]
+            style = dict(color="black" if right else "crimson") if blank[i] else dict(color="gray", weight="bold")
+            ax.text(i % 9, i // 9, int(digit[l, i] if blank[i] else x[0, i]), ha="center", va="center", **style)
+        for k in (2.5, 5.5):
+            ax.axhline(k, color="black", lw=0.8), ax.axvline(k, color="black", lw=0.8)
+        certain = int((sure[l, blank] >= 0.9).sum())
+        ax.set(xticks=[], yticks=[], title=f"loop {l + 1}: {certain} of {int(blank.sum())} over 90%")
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-recursion.png", dpi=110)
+
+
+if __name__ == "__main__":
+    sudoku_runs()
+    sudoku_sets()
+    loss_curve()
+    recursion()
