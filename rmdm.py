@@ -1,22 +1,24 @@
-"""Recursive Masked Diffusion Models (R-MDM) in one file: all of it in this file.
+"""Recursive Masked Diffusion Models (R-MDM): all of it in this file.
 
 A masked diffusion model fills in MASK tokens over T denoising steps. R-MDM applies the same denoising
 transformer L times inside each step, so depth grows without parameters. This works on any sequence of
-discrete tokens; the file needs PyTorch and tqdm, nothing else of ours, and can be copied alone.
+discrete tokens: the file needs only PyTorch and tqdm, and can be copied alone.
 
 References
     [R]  Recursive Masked Diffusion Models, arXiv 2606.18022
     [L]  LoopMDM: selective looping, adaptive loop count, arXiv 2605.26106
     [S]  Scaling Beyond Masked Diffusion Language Models, arXiv 2602.15014 (the "simple" objective)
     [M]  Simplified and Generalized Masked Diffusion, arXiv 2406.04329; MDLM, arXiv 2406.07524 (eqs. 1, 3)
+    [J]  Muon, https://kellerjordan.github.io/posts/muon (the optimizer)
     [K]  Train for the Worst, Plan for the Best, arXiv 2502.06768 (the order matters: margin)
 
 Map: equation numbers (1) to (7) are this project's own; the README lists them.
     1. Schedule and forward process    eqs. (1), (3)    alpha, nelbo_weight, sample_t, corrupt
     2. Recursive transformer           eqs. (2), (7)    Config, Layer, RMDM
-    3. Loss                            eqs. (3) to (5)  loop_weights, loss, nelbo
-    4. Sampler                         eqs. (6), (7)    sample
-    5. Training loop, checkpoints                       TrainConfig, train, save, load
+    3. Loss                            eqs. (3) to (5)  loop_weights, masked_ce, loss, nelbo
+    4. Sampler                         eqs. (6), (7)    certainty, sample
+    5. Training loop, checkpoints                       TrainConfig, Muon, pick_device, save, load, train
+    6. Command line of the training scripts             configure, launch, cli
 
 Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
 T denoising steps. x0 (B, N) int64 clean tokens; x_t the same, partly MASK; t (B,) in (0, 1]; `editable`
@@ -68,7 +70,8 @@ def nelbo_weight(t):
 def sample_t(n, generator=None, device=None):
     """n times in (0, 1], one in each of n equal strata: uniform, with less variance than n free draws."""
     u = torch.rand(n, generator=generator, device=device)
-    return 1 - (torch.arange(n, device=device) + u) / n
+    stratum = torch.randperm(n, generator=generator, device=device)  # else row i would always get the i-th
+    return (1 - (stratum + u) / n).clamp(min=2**-24)  # rounding could give 0, where (3) has no weight
 
 
 def corrupt(x0, t, editable, generator=None):
@@ -95,13 +98,13 @@ class Config:
 
     vocab: int  # V: tokens, MASK included
     coords: tuple  # N rows of as many integers as there are axes, or an int N
-    width: int = 64  # d: 64 to 128 is what a CPU can train in minutes
-    heads: int = 2  # of 32 dimensions at d = 64: as good as 4 and faster on a CPU
+    width: int = 64  # d: what a CPU trains in minutes
+    heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider is faster on a CPU
     layers: int = 1  # K: layers of the shared block
     loops: int = 8  # L: loops in training (the largest, if sampled) and, by default, in sampling
-    head: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
-    tail: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
-    loop_embedding: bool = True  # v^l of eq. (2)
+    head_layers: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
+    tail_layers: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
+    loop_embedding: bool = True  # v^l of eq. (2); beyond the trained L the last one repeats (our choice)
     loop_norm: bool = True  # Norm of eq. (2)
     time: bool = False  # t enters f; off: the number of MASKs already tells t
     inject: bool = False  # add h^0 again at every loop; not in the paper
@@ -111,6 +114,8 @@ class Config:
             self.coords = tuple((i,) for i in range(self.coords))
         if min(self.width, self.heads, self.layers, self.loops) < 1 or self.width % self.heads:
             raise BadInput("width, heads, layers and loops are at least 1, and heads divides width")
+        if min(self.head_layers, self.tail_layers) < 0:
+            raise BadInput("head_layers and tail_layers are at least 0")
 
 
 class Layer(nn.Module):
@@ -141,8 +146,11 @@ class RMDM(nn.Module):
         h^l = f_theta(Norm(h^{l-1} + v^l), t),   l = 1..L,   f: K layers, the same for all loops
         p_theta(x0 | x_t) = softmax D(h^L)
 
-    and of eq. (7), where `head` layers end E and `tail` layers begin D, so that one read-off after any
-    loop means: tail layers, Norm, linear map. Only h carries information from loop to loop."""
+    and of eq. (7), where head layers end E and tail layers begin D, so that a read-off after any loop
+    means: tail layers, Norm, linear map. Only h carries information from loop to loop.
+
+    Our choices: with `time`, sinusoids of t through a linear map are added to h^0 and to h at every loop;
+    the initialization below."""
 
     def __init__(self, config):
         super().__init__()
@@ -152,9 +160,9 @@ class RMDM(nn.Module):
         self.place = nn.ModuleList(nn.Embedding(n, c.width) for n in (self.coords.amax(0) + 1).tolist())
         if c.time:
             self.time = nn.Linear(16, c.width)
-        self.head = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.head))
+        self.head = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.head_layers))
         self.block = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.layers))
-        self.tail = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.tail))
+        self.tail = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.tail_layers))
         if c.loop_embedding:
             self.loop = nn.Embedding(c.loops, c.width)
         self.loop_norm = nn.LayerNorm(c.width) if c.loop_norm else nn.Identity()
@@ -166,26 +174,27 @@ class RMDM(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.5)
+                nn.init.normal_(m.weight, std=0.5)  # token and three coordinates together: about 1
         nn.init.zeros_(self.unembed.weight)  # start from equal probabilities
         if c.loop_embedding:
             nn.init.zeros_(self.loop.weight)  # start with all loops alike
 
     def encode(self, x_t, t):
-        """E: h^0 (B, N, d), and the time vector (B, 1, d) or 0 that every loop gets as well."""
+        """E: h^0 (B, N, d), and the time vector (B, 1, d) that every loop gets as well (None without time)."""
         h = self.token(x_t) + sum(table(self.coords[:, i]) for i, table in enumerate(self.place))
-        c = h.new_zeros(len(h), 1, 1)
+        c = None
         if self.config.time:
             angle = t[:, None] * math.pi * 2.0 ** torch.arange(-1, 7, device=t.device)
             c = self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
-        h = h + c
+            h = h + c
         for layer in self.head:
             h = layer(h)
         return h, c
 
     def recur(self, h, l, h0, c):
         """One loop of eq. (2): h^{l-1} -> h^l, l counted from 1."""
-        h = h + c
+        if c is not None:
+            h = h + c
         if self.config.loop_embedding:
             h = h + self.loop.weight[min(l, self.config.loops) - 1]
         if self.config.inject:
@@ -214,7 +223,7 @@ class RMDM(nn.Module):
         going = torch.arange(len(x_t), device=x_t.device)
         for l in range(1, loops + 1):
             old = h[going]
-            new = self.recur(old, l, h0[going], c[going])
+            new = self.recur(old, l, h0[going], None if c is None else c[going])
             h[going], used[going] = new, l
             change = (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
             going = going[change >= eps]
@@ -223,10 +232,11 @@ class RMDM(nn.Module):
         return self.decode(h), used
 
     def flops(self, loops, reads=1):
-        """Floating-point operations of one example's forward pass (matrix products only), `reads` read-offs."""
+        """Floating-point operations of one example's forward pass with `reads` read-offs (matrix products)."""
         c, N = self.config, len(self.coords)
         layer = N * (24 * c.width**2 + 4 * N * c.width)
-        return (c.head + loops * c.layers + reads * c.tail) * layer + reads * N * 2 * c.width * (c.vocab - 1)
+        layers = c.head_layers + loops * c.layers + reads * c.tail_layers
+        return layers * layer + reads * N * 2 * c.width * (c.vocab - 1)
 
     def forward(self, x_t, t, loops=None, read=None):
         """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last)."""
@@ -251,6 +261,7 @@ def loop_weights(supervise, loops):
 
     supervise: "all" (equal weights), "final", "growing" (in proportion to l) or a number M, the last M
     loops alone (our reading of the paper's "truncated" supervision)."""
+    supervise = str(supervise)
     if supervise == "growing":
         w = list(range(1, loops + 1))
     else:
@@ -261,37 +272,41 @@ def loop_weights(supervise, loops):
     return [x / sum(w) for x in w]
 
 
+def masked_ce(model, x0, editable, loops, read, generator):
+    """Mask x0 at random times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked, after each
+    loop in `read`: (len(read), B, N) nats. Also returns t and the share of masked tokens that the last gets right."""
+    t = sample_t(len(x0), generator, x0.device)
+    x_t, masked = corrupt(x0, t, editable, generator)
+    logits = model(x_t, t, loops, read).float()
+    target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
+    ce = F.cross_entropy(logits.flatten(0, 2), target.repeat(len(read), 1).flatten(), reduction="none")
+    right = (logits[-1].argmax(-1) == target).sum() / masked.sum().clamp(min=1)
+    return ce.view(len(read), *x0.shape), t, right
+
+
 def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None):
-    """Training loss: the mean over supervised loops of eq. (3) or (4), in nats per editable token.
+    """Training loss: the weighted mean over supervised loops of eq. (3) or (4), in nats per editable token.
 
     objective: "elbo", eq. (3), or "simple", eq. (4): the same without the weight 1/t. Both divide by the
     number of editable tokens in the batch, so that one learning rate suits both. Not by the number masked:
     that would differ by a factor of about 2; nor example by example: that is the any-order objective.
     Returns (loss, share of masked tokens that the last loop predicts right)."""
     loops = loops or model.config.loops
-    weights = loop_weights(supervise, loops)
-    read = [l for l in range(1, loops + 1) if weights[l - 1]]
-    t = sample_t(len(x0), generator, x0.device)
-    x_t, masked = corrupt(x0, t, editable, generator)
-    logits = model(x_t, t, loops, read)
-    ce = F.cross_entropy(logits.flatten(0, 2).float(), x0.repeat(len(read), 1).flatten(), reduction="none")
-    ce = (ce.view(len(read), *x0.shape) * masked).sum(2)  # (loops read, B)
+    weights = {l: w for l, w in enumerate(loop_weights(supervise, loops), 1) if w}
+    ce, t, right = masked_ce(model, x0, editable, loops, tuple(weights), generator)
     if objective == "elbo":
-        ce = ce * nelbo_weight(t)
-    w = torch.tensor([weights[l - 1] for l in read], device=x0.device)
-    right = ((logits[-1].argmax(-1) == x0) & masked).sum() / masked.sum().clamp(min=1)
-    return (w @ ce).sum() / editable.sum().clamp(min=1), right
+        ce = ce * nelbo_weight(t)[:, None]
+    w = torch.tensor(list(weights.values()), device=x0.device)
+    return (w * ce.sum((1, 2))).sum() / editable.sum().clamp(min=1), right
 
 
 @torch.no_grad()
 def nelbo(model, x0, editable, loops=None, generator=None):
     """One unbiased estimate of the NELBO, eq. (3), for each example: (B,) nats, final loop. Its mean bounds
     the mean of -log p(x0 at the editable positions | the others) from above."""
-    t = sample_t(len(x0), generator, x0.device)
-    x_t, masked = corrupt(x0, t, editable, generator)
-    logits = model(x_t, t, loops)[0]
-    ce = F.cross_entropy(logits.flatten(0, 1).float(), x0.flatten(), reduction="none").view_as(x0)
-    return nelbo_weight(t) * (ce * masked).sum(1)
+    loops = loops or model.config.loops
+    ce, t, _ = masked_ce(model, x0, editable, loops, (loops,), generator)
+    return nelbo_weight(t) * ce[0].sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -324,7 +339,7 @@ class Sample:
 @torch.no_grad()
 def sample(
     model, x, editable=None, steps=1, order="confidence", loops=None, eps=0.0,
-    threshold=None, temperature=0.0, generator=None, trace=False,
+    threshold=None, temperature=None, generator=None, trace=False,
 ):
     """Fill in the editable positions of x (B, N) in T = `steps` denoising steps, eq. (6).
 
@@ -335,61 +350,66 @@ def sample(
                  the lowest "entropy", or at "random". The last step reveals everything.
     loops, eps   loops per step, or at most that many with the adaptive stop of `RMDM.infer`.
     threshold    reveal besides, at every step, all whose top probability reaches it: steps then adapt.
-    temperature  of the drawn tokens; 0 takes the likeliest (right for puzzles), 1 samples p_theta. The
-                 order is always judged at temperature 1.
+    temperature  of the drawn tokens: 1 draws from p_theta, 0 takes the likeliest (right for puzzles).
+                 Default: 1 in ancestral order, else 0. The order is always judged at temperature 1.
     generator    a torch.Generator on the model's device (for MPS, on the CPU).
 
     An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it.
-    Raises BadInput for an unknown order, steps < 1, or a threshold in ancestral order."""
+    Raises BadInput for an unknown order, steps or loops < 1, or a threshold in ancestral order."""
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
-    if steps < 1 or (threshold is not None and order == "ancestral"):
-        raise BadInput("steps must be at least 1, and a threshold needs an order other than ancestral")
-    editable = x == MASK if editable is None else editable
-    x = torch.where(editable, MASK, x)
+    if steps < 1 or (loops is not None and loops < 1) or (threshold is not None and order == "ancestral"):
+        raise BadInput("steps and loops are at least 1, and a threshold needs an order other than ancestral")
+    if temperature is None:
+        temperature = 1.0 if order == "ancestral" else 0.0
+    # Draws are in float64: float32 noise is too coarse for rare tokens. MPS has no float64, so there all
+    # but the network runs on the CPU.
+    device, home = x.device, torch.device("cpu") if x.device.type == "mps" else x.device
+    editable = (x == MASK if editable is None else editable).to(home)
+    x = torch.where(editable, MASK, x.to(home))
     masked = editable.clone()  # not x == MASK: that would fill in a MASK the caller wants kept
     passes, nfe, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
-    # float64, since float32 noise is too coarse for rare tokens; MPS has none, so there it is done on CPU
-    where = torch.device("cpu" if x.device.type == "mps" else x.device)
 
-    def noise(like):
-        return torch.rand(like.shape, generator=generator, dtype=torch.float64, device=where).to(like.device)
+    def noise(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device=home)
 
     for left in range(steps, 0, -1):
         t, s = left / steps, (left - 1) / steps
         if order == "ancestral":  # what is revealed does not depend on the network: decide it first
-            reveal = masked & (noise(x) < (alpha(s) - alpha(t)) / (1 - alpha(t)))
+            reveal = masked & (noise(*x.shape) < (alpha(s) - alpha(t)) / (1 - alpha(t)))
             i = reveal.any(1).nonzero()[:, 0]
-            times = torch.full((len(i),), t, device=x.device)
+            times = torch.full((len(i),), t, device=home)
         else:  # the order leaves the schedule, so t is the share that is masked now
             i = masked.any(1).nonzero()[:, 0]
             times = masked[i].sum(1) / editable[i].sum(1)
         if not len(i):
             continue
-        logits, used = model.infer(x[i], times, loops, eps)
-        logits = logits.to(where, torch.float64)
+        logits, used = model.infer(x[i].to(device), times.to(device), loops, eps)
+        logits, used = logits.to(home).double(), used.to(home)
         p = logits.softmax(-1)
-        sure = p.amax(-1).to(x.device)
+        sure = p.amax(-1)
         if order != "ancestral":
-            score = noise(sure) if order == "random" else certainty(p, order).to(x.device)
+            score = noise(*sure.shape) if order == "random" else certainty(p, order)
             rank = score.masked_fill(~masked[i], -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-            share = -(-masked[i].sum(1, keepdim=True) // left)  # ceil(masked / steps left)
+            chosen = rank < -(-masked[i].sum(1, keepdim=True) // left)  # ceil(masked / steps left)
+            if threshold is not None:
+                chosen |= sure >= threshold
             reveal = torch.zeros_like(masked)
-            reveal[i] = masked[i] & ((rank < share) | (sure >= (2.0 if threshold is None else threshold)))
+            reveal[i] = masked[i] & chosen
         if temperature:
             p = (logits / temperature).softmax(-1)
             token = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
         else:
             token = p.argmax(-1)
-        x[i] = torch.where(reveal[i], token.to(x.device), x[i])
+        x[i] = torch.where(reveal[i], token, x[i])
         masked = masked & ~reveal
         passes[i] += 1
         nfe[i] += used
         if trace:
-            everyone = torch.zeros(x.shape, dtype=sure.dtype, device=x.device).index_copy(0, i, sure)
-            loops_used = torch.zeros_like(nfe).index_copy(0, i, used)
-            history.append(dict(x=x.clone(), revealed=reveal, sure=everyone, loops=loops_used))
-    return Sample(x, passes, nfe, history)
+            everyone = torch.zeros(x.shape, dtype=sure.dtype, device=home).index_copy(0, i, sure)
+            history.append(dict(x=x.clone(), revealed=reveal, sure=everyone, loops=torch.zeros_like(nfe)))
+            history[-1]["loops"][i] = used
+    return Sample(x.to(device), passes, nfe, history)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -408,24 +428,27 @@ class TrainConfig:
     warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
-    ema: float = 0.998  # decay of the averaged weights, the ones that are evaluated and shipped
+    ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
     supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
     loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
     seed: int = 0
-    eval_every: int = 500
-    save_every: int = 500
+    compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
+    eval_every: int = 1000  # steps; one evaluation takes seconds
+    save_every: int = 500  # steps: about half a minute that a power cut may cost
 
     def __post_init__(self):
         loop_weights(self.supervise, 1)  # raises BadInput
         if self.objective not in ("simple", "elbo"):
             raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
+        if self.loops_min < 0:
+            raise BadInput("loops_min is at least 0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized by five Newton-Schulz iterations (Jordan et al. 2024), for 2-d weights.
+    """Momentum, orthogonalized by five Newton-Schulz iterations [J], for 2-d weights.
 
     Ours in float32 because torch.optim.Muon iterates in bfloat16, which many CPUs only emulate."""
 
@@ -451,6 +474,8 @@ class Muon(torch.optim.Optimizer):
 
 def pick_device(name="auto"):
     """The torch.device to use: CUDA, else MPS, else CPU; sets what makes it fast."""
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise BadInput(f"torch finds no {name} device here")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     # CUDA: TF32 where not bf16. CPU: oneDNN's matrix kernels, up to twice MKL's speed on AMD (still full
@@ -487,7 +512,8 @@ def read_checkpoint(path, task=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on odd files: one line of ours follows
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        ckpt["config"], ckpt["ema"]
+        if not isinstance(ckpt, dict) or not {"config", "ema"} <= ckpt.keys():
+            raise ValueError
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
         raise BadInput(f"{path}: not an rmdm checkpoint, or a damaged one ({type(e).__name__})") from e
     if task and ckpt.get("task") != task:
@@ -515,6 +541,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     task, args          stored in the checkpoint: the task's name, the command's arguments
     resume              a checkpoint of this very run, from read_checkpoint: on CPU the run then ends
                         bit-identical to one that was never interrupted"""
+    if config.loops_min > model.config.loops:
+        raise BadInput(f"loops_min={config.loops_min} is more than loops={model.config.loops}")
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     out = Path(out)
@@ -536,7 +564,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             optimizer.load_state_dict(state)
         generator.set_state(resume["rng"])
         # drop what was logged after the checkpoint: it comes again
-        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start]
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # none cut short
+        lines = [line for line in lines if json.loads(line)["step"] <= start]
         log.write_text("".join(line + "\n" for line in lines))
     else:  # the log says what run it is of
         facts = dict(task=task, parameters=sum(w.numel() for w in model.parameters()), torch=torch.__version__)
@@ -545,23 +574,25 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
         facts.pop("coords")  # long, and in the checkpoint
         log.write_text(json.dumps(dict(step=0) | facts) + "\n")
 
-    if cuda:
+    if cuda and config.compile:
         for layer in (*model.head, *model.block, *model.tail):
             layer.compile()  # in place: the names in a checkpoint stay as they are
 
     def checkpoint():
         slim = dict(
             config=asdict(model.config), task=task, args=args or {}, train=asdict(config),
-            step=step, seconds=seconds, flops=flops, ema=ema.state_dict(),
+            device=device.type, step=step, seconds=seconds, flops=flops, ema=ema.state_dict(),
         )
         states = dict(optimizers=[o.state_dict() for o in optimizers], rng=generator.get_state())
         save(out / "checkpoint.pt", slim | states | dict(model=model.state_dict()))
         if step == config.steps:
             save(out / "model.pt", slim)
 
-    # Ctrl-C ends the run after the step under way, so that what is saved is one consistent state.
+    # Ctrl-C ends the run after the step under way, so that what is saved is one consistent state; a second
+    # one ends it at once.
     interrupted = []
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: (interrupted.append(True), signal.signal(signal.SIGINT, handler)))
     bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
     recent, clock = [], time.perf_counter()
     try:
@@ -576,7 +607,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
                 value, right = loss(model, x0, editable, config.objective, config.supervise, loops, generator)
             value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -586,14 +617,15 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                     average.lerp_(w, 1 - decay)
             reads = sum(w > 0 for w in loop_weights(config.supervise, loops))
             flops += 3 * len(x0) * model.flops(loops, reads)  # backward costs twice forward
-            recent.append(torch.stack([value.detach(), right]))
+            recent.append(torch.stack([value.detach(), right, norm]))
             bar.update()
             last = step == config.steps or bool(interrupted)
             evaluating, saving = step % config.eval_every == 0, step % config.save_every == 0
             if last or evaluating or saving or step % 25 == 0:
                 mean = torch.stack(recent).mean(0).tolist()
-                if not math.isfinite(mean[0]):
-                    raise BadInput(f"the loss became {mean[0]} by step {step}: {out} keeps the last good checkpoint")
+                if not math.isfinite(mean[0] + mean[2]):
+                    why = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {step}"
+                    raise BadInput(f"{why}; a checkpoint in {out} is from before")
                 recent = []
                 entry = dict(step=step, loss=mean[0], accuracy=mean[1])
                 bar.set_postfix(loss=f"{mean[0]:.4f}", accuracy=f"{mean[1]:.3f}", refresh=False)
@@ -604,7 +636,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                     f.write(json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops)) + "\n")
             if last or saving:
                 checkpoint()
-            if interrupted:
+            if last and step < config.steps:
                 raise KeyboardInterrupt
     finally:
         bar.close()
@@ -619,20 +651,19 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
 
 def configure(pairs, *configs):
     """Apply "name=value" strings to the fields of the given dataclasses, typed as the defaults are."""
-    configs = list(configs)
+    names = {f.name: c for c in configs for f in fields(c) if f.name not in ("vocab", "coords", "seed")}
+    changes = {id(c): {} for c in configs}
     for pair in pairs:
         name, _, text = pair.partition("=")
-        at = [i for i, c in enumerate(configs) if name in {f.name for f in fields(c)} - {"vocab", "coords"}]
-        if not at:
-            names = [f.name for c in configs for f in fields(c) if f.name not in ("vocab", "coords")]
+        if name not in names:
             raise BadInput(f"--set {pair}: no field {name!r}; there are {', '.join(names)}")
-        kind = type(getattr(configs[at[0]], name))
+        kind = type(getattr(names[name], name))
         try:
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             raise BadInput(f"--set {pair}: {name} is a {kind.__name__}, not {text!r}") from None
-        configs[at[0]] = replace(configs[at[0]], **{name: value})
-    return configs
+        changes[id(names[name])][name] = value
+    return [replace(c, **changes[id(c)]) for c in configs]
 
 
 def command_line(doc):
@@ -649,7 +680,7 @@ def command_line(doc):
 def launch(task, doc, presets, prepare, options):
     """`python train_TASK.py`: read the command line, train or resume, report.
 
-    presets(args)          -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
+    presets()              -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
     prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end
     options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
     parser = command_line(doc)
@@ -663,21 +694,27 @@ def launch(task, doc, presets, prepare, options):
     for flag, how in options.items():
         add(flag, **how)
     args = parser.parse_args()
-    device = pick_device(args.device)
     if args.resume:
-        ckpt, out = read_checkpoint(args.resume, task), args.resume
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        if extra := set(given) - {"resume", "device"}:
+            raise BadInput(f"--resume keeps the settings of the run: leave out --{sorted(extra)[0]}")
+        ckpt, out = read_checkpoint(args.resume, task), Path(args.resume)
+        out = out.parent if out.is_file() else out
         if "optimizers" not in ckpt:
-            raise BadInput(f"{out}: holds weights only, nothing to resume")
-        args = argparse.Namespace(**ckpt["args"] | {"out": out})
+            raise BadInput(f"{args.resume}: holds weights only, nothing to resume")
+        if args.device not in ("auto", ckpt["device"]):
+            raise BadInput(f"{out}: begun on {ckpt['device']}, cannot go on elsewhere")
+        args = argparse.Namespace(**ckpt["args"] | {"out": str(out), "device": ckpt["device"]})
         config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
         if ckpt["step"] == training.steps:
             raise BadInput(f"{out}: this run is finished")
-    else:
-        ckpt, out = None, args.out
-        if (Path(out) / "checkpoint.pt").exists():
+    device = pick_device(args.device)
+    if not args.resume:
+        ckpt, out = None, Path(args.out)
+        if (out / "checkpoint.pt").exists():
             raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
         args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-        *configs, about = presets(args)[args.preset]
+        *configs, about = presets()[args.preset]
         config, training = configure(args.set, *configs)
         training = replace(training, seed=args.seed)
         print(f"preset {args.preset}: {about}; the bar shows the time left on this machine")
@@ -689,7 +726,7 @@ def launch(task, doc, presets, prepare, options):
     batch, evaluate, report = prepare(args, device)
     try:
         model = train(model, training, batch, evaluate, out, task, vars(args), ckpt)
-        last = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])
+        last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         print(f"trained {last['step']} steps in {last['seconds']:.0f} s, {last['flops']:.3g} floating-point operations")
         report(model)
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ import train_sudoku as sudoku
 from rmdm import MASK, BadInput
 
 WEIGHTS = {"sudoku": Path(__file__).parent / "weights" / "sudoku-small.pt"}
-EPS = 0.02  # change of the hidden state under which `--loops adaptive` stops, eq. (7)
+EPS = 0.1  # change of the hidden state under which `--loops adaptive` stops, eq. (7): the largest that cost no accuracy
 COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
 
@@ -211,7 +211,7 @@ def main():
     add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
     add("--order", choices=rmdm.ORDERS, default="confidence")
     add("--threshold", type=number(float, 0, 1), help="at each step reveal all that is at least this sure")
-    add("--temperature", type=number(float, 0), default=0.0, help="of the digits drawn; default 0: the likeliest")
+    add("--temperature", type=number(float, 0), help="of the digits drawn; default: 1 if ancestral, else 0")
     add("--seed", type=int, default=0, help="for orders and temperatures that draw")
     add("--data", metavar="FILE", nargs="+", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
@@ -233,7 +233,7 @@ def main():
         order=args.order,
         threshold=args.threshold,
         temperature=args.temperature,
-        generator=torch.Generator(device).manual_seed(args.seed),
+        generator=torch.Generator("cpu" if device.type == "mps" else device).manual_seed(args.seed),
     )
     if not args.data:
         return 0 if solve(model, read(args.puzzle), args.show, steps=steps[0], **how) else 1
@@ -244,7 +244,8 @@ def main():
         for T in steps:
             for group, score in measure(model, path, args.by, steps=T, **how).items():
                 if args.json:
-                    print(json.dumps({"file": path, "group": group, "steps": T} | score), flush=True)
+                    known = {key: None if np.isnan(value) else value for key, value in score.items()}
+                    print(json.dumps({"file": path, "group": group, "steps": T} | known), flush=True)
                     continue
                 percent = "  ".join(f"{key} {100 * score[key]:5.1f}%" for key in ("exact", "valid", "cell"))
                 cost = f"nfe {score['nfe']:.1f}  layer passes {score['layer_passes']:.1f}  {score['seconds']:.1f} s"
