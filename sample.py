@@ -27,7 +27,7 @@ import train_sudoku as sudoku
 from rmdm import MASK, BadInput
 
 WEIGHTS = {"sudoku": Path(__file__).parent / "weights" / "sudoku-small.pt"}
-EPS = 0.1  # change of the hidden state under which `--loops adaptive` stops, eq. (7): the largest that cost no accuracy
+EPS = 0.1  # change of the hidden state at which `--loops adaptive` stops, eq. (7); larger ones cost accuracy
 COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
 
@@ -175,7 +175,7 @@ def measure(model, path, by, **how):
         raise BadInput(f"{path}: no puzzle in it")
     totals["all"] = totals.pop("all")  # last
     return {
-        group: {key: total[key] / (1 if key in ("n", "seconds") else total["n"]) for key in total}
+        group: {key: total[key] if key in ("n", "seconds") else total[key] / total["n"] for key in total}
         for group, total in totals.items()
     }
 

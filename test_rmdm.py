@@ -476,7 +476,7 @@ def test_published_formats(puzzles, tmp_path):
         if text:
             (tmp_path / name).write_text(text, encoding="utf-8")
         ((puzzle, solution, labels),) = sudoku.read_puzzles(tmp_path / name)
-        assert (puzzle == p).all(), name
+        assert (puzzle == p).all() and labels == [""] * 3, name
         assert (solution == (0 if name == "plain.txt" else s)).all(), name
     assert [len(x) for x, _, _ in sudoku.read_puzzles(tmp_path / "plain.txt", 2)] == [2, 1]
     assert next(sudoku.read_puzzles(tmp_path / "extreme.csv", label="source"))[2] == ["hard"] * 3
@@ -688,6 +688,14 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         assert code == 2 and says in err and err.splitlines()[-1].startswith("sample.py: "), argv
         assert "Traceback" not in err and out == "", argv
     assert Path("runs/sudoku/checkpoint.pt").read_bytes() == kept and not Path("b").exists()
+
+
+def test_the_links_from_equations_to_code_hit():
+    links = re.findall(r"\[`(\w+)`\]\(rmdm.py#L(\d+)\)", (HERE / "README.md").read_text())
+    code = (HERE / "rmdm.py").read_text().splitlines()
+    assert len(links) >= 10
+    for name, line in links:
+        assert re.match(rf"\s*(def|class) {name}\b", code[int(line) - 1]), f"{name} is not at line {line}"
 
 
 def test_rmdm_alone_in_an_empty_folder_runs_the_readme_example(tmp_path):

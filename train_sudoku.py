@@ -269,7 +269,7 @@ def _read_text(path, label):
             if not columns or max(*columns, where) >= len(line) or not all(is_board(line[i]) for i in columns):
                 raise BadInput(f"{path}, line {n}: expected 81 digits or blanks (0 . _ *), found {line[0][:81]!r}")
             board = [np.frombuffer(re.sub("[._*]", "0", line[i]).encode(), np.uint8) - 48 for i in columns]
-            yield n, board[0], board[1] if len(board) > 1 else np.zeros(81, np.uint8), line[where]
+            yield n, board[0], board[1] if len(board) > 1 else np.zeros(81, np.uint8), line[where] if label else ""
 
 
 def _checked(path, rows):
@@ -355,7 +355,7 @@ def presets():
     return {
         "cpu": (
             rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=8, inject=True),
-            rmdm.TrainConfig(steps=8000, batch=32),
+            rmdm.TrainConfig(steps=6500, batch=32),
             "about ten minutes on two CPU cores, data and evaluation included",
         ),
         "gpu": (
