@@ -27,9 +27,9 @@ import train_sudoku as sudoku
 from rmdm import MASK, BadInput
 
 WEIGHTS = {"sudoku": Path(__file__).parent / "weights" / "sudoku-small.pt"}
-EPS = 0.1  # change of the hidden state at which `--loops adaptive` stops, eq. (7); larger ones cost accuracy
+EPS = 0.1  # change of h below which `--loops adaptive` stops, eq. (7): saves little as yet, see the README
 COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-BOLD, DIM, RED, GREEN, YELLOW = 1, 2, 31, 32, 33
+BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
 
 
 def paint(text, color):
@@ -88,6 +88,7 @@ def side_by_side(*grids, gap="    "):
 
 
 def show_steps(puzzle, trace):
+    """What each denoising step revealed and how sure it was; on a terminal, one frame over the other."""
     for k, step in enumerate(trace, 1):
         new = step["revealed"].nonzero()[:, 0].tolist()
         x, sure = step["x"].tolist(), step["sure"].tolist()
@@ -95,23 +96,22 @@ def show_steps(puzzle, trace):
             paint(x[i], BOLD) if puzzle[i] else paint(x[i], f"7;{sure_color(sure[i])}") if i in new else x[i]
             for i in range(81)
         ]
-        if COLOR:
-            print("\033[H\033[2J", end="")  # one frame over the other
+        if COLOR and k > 1:
+            time.sleep(0.15)
+            print("\033[14A\033[J", end="")  # 14 lines up, and clear from there
         print(f"step {k} of {len(trace)}, {step['loops']} loops: revealed {len(new)}")
         print("\n".join(sudoku.draw(cells)))
         best = sorted(new, key=lambda i: -sure[i])
-        print("  ".join(paint(f"{place(i)}={x[i]} {100 * sure[i]:.1f}%", sure_color(sure[i])) for i in best[:6]), "\n")
-        if COLOR:
-            sys.stdout.flush()
-            time.sleep(0.15)
+        named = [paint(f"{place(i)}={x[i]} {100 * sure[i]:.1f}%", sure_color(sure[i])) for i in best[:4]]
+        print("  ".join(named) + (f"  and {len(new) - 4} more" if len(new) > 4 else ""), "\n", flush=True)
 
 
 def show_loops(model, puzzle, loops):
     """What the first denoising step would answer if it were read off after each loop."""
     x = torch.from_numpy(puzzle).long()[None].to(next(model.parameters()).device)
     with torch.no_grad():
-        share = (x == MASK).float().mean(1)
-        p = model(x, share, loops, range(1, loops + 1))[:, 0].softmax(-1).cpu()  # (L, 81, V)
+        everything_masked = torch.ones(1, device=x.device)  # t = 1
+        p = model(x, everything_masked, loops, range(1, loops + 1))[:, 0].softmax(-1).cpu()  # (L, 81, V)
     sure, digits = p.max(-1)
     blank = torch.from_numpy(puzzle == MASK)
     print("the first step, read off after each loop (blank where no digit reaches 50%):\n")
@@ -129,27 +129,28 @@ def show_loops(model, puzzle, loops):
 
 
 def solve(model, puzzles, show, **how):
-    """Print the answers to puzzles (n, 81); True if all are right."""
-    began = time.perf_counter()
-    x = torch.from_numpy(puzzles).long().to(next(model.parameters()).device)
-    out = rmdm.sample(model, x, trace=True, **how)
-    seconds = time.perf_counter() - began
-    right = 0
-    for n, puzzle in enumerate(puzzles):
-        trace = [{k: v[n].cpu() for k, v in step.items()} for step in out.trace if step["loops"][n]]
-        if show:
-            show_loops(model, puzzle, how["loops"] or model.config.loops)
-            show_steps(puzzle, trace)
-        board, broken = as_far_as_right(puzzle, trace)
-        right += broken is None
-        answer = [paint(d, BOLD if puzzle[i] else GREEN) if d else 0 for i, d in enumerate(board)]
-        print(side_by_side(sudoku.draw([paint(d, BOLD) if d else 0 for d in puzzle]), sudoku.draw(answer)))
-        cost = f"{out.passes[n]} steps, {out.nfe[n]} loops"
-        if broken is None:
-            print(paint("right", GREEN) + f", checked by the rules ({cost})\n")
-        else:
-            left = int((board == MASK).sum())
-            print(paint("not solved", RED) + f": {broken}; shown up to there, {left} cells left ({cost})\n")
+    """Print the answers to puzzles (n, 81), 100 at a time; True if all are right."""
+    right, seconds = 0, 0.0
+    for some in np.array_split(puzzles, range(100, len(puzzles), 100)):
+        began = time.perf_counter()
+        x = torch.from_numpy(some).long().to(next(model.parameters()).device)
+        out = rmdm.sample(model, x, trace=True, **how)
+        seconds += time.perf_counter() - began
+        for n, puzzle in enumerate(some):
+            trace = [{k: v[n].cpu() for k, v in step.items()} for step in out.trace if step["loops"][n]]
+            if show:
+                show_loops(model, puzzle, how["loops"] or model.config.loops)
+                show_steps(puzzle, trace)
+            board, broken = as_far_as_right(puzzle, trace)
+            right += broken is None
+            answer = [paint(d, BOLD if puzzle[i] else GREEN) if d else 0 for i, d in enumerate(board)]
+            print(side_by_side(sudoku.draw([paint(d, BOLD) if d else 0 for d in puzzle]), sudoku.draw(answer)))
+            cost = f"{out.passes[n]} steps, {out.nfe[n]} loops"
+            if broken is None:
+                print(f"{paint('right', GREEN)}, checked by the rules ({cost})\n")
+            else:
+                left = f"shown up to there, {(board == MASK).sum()} cells left"
+                print(f"{paint('not solved', RED)}: {broken}; {left} ({cost})\n")
     print(f"{right} of {len(puzzles)} right, {seconds:.2f} s")
     return right == len(puzzles)
 
