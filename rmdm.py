@@ -397,7 +397,7 @@ def sample(
             reveal = torch.zeros_like(masked)
             reveal[i] = masked[i] & chosen
         if temperature:
-            p = (logits / temperature).softmax(-1)
+            p = (logits / max(temperature, 1e-6)).softmax(-1)  # below that the division overflows
             token = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
         else:
             token = p.argmax(-1)
@@ -661,7 +661,7 @@ def configure(pairs, *configs):
         try:
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise BadInput(f"--set {pair}: {name} is a {kind.__name__}, not {text!r}") from None
+            raise BadInput(f"--set {pair}: {name} must be of type {kind.__name__}, not {text!r}") from None
         changes[id(names[name])][name] = value
     return [replace(c, **changes[id(c)]) for c in configs]
 
@@ -694,6 +694,7 @@ def launch(task, doc, presets, prepare, options):
     for flag, how in options.items():
         add(flag, **how)
     args = parser.parse_args()
+    ckpt = None
     if args.resume:
         given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
         if extra := set(given) - {"resume", "device"}:
@@ -709,8 +710,8 @@ def launch(task, doc, presets, prepare, options):
         if ckpt["step"] == training.steps:
             raise BadInput(f"{out}: this run is finished")
     device = pick_device(args.device)
-    if not args.resume:
-        ckpt, out = None, Path(args.out)
+    if ckpt is None:
+        out = Path(args.out)
         if (out / "checkpoint.pt").exists():
             raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
         args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")

@@ -2,8 +2,8 @@
 
     python sample.py sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
     python sample.py sudoku puzzles.txt                      # a file of many, or standard input
-    python sample.py sudoku --show 53..7....6..195...         # the denoising, step by step and loop by loop
-    python sample.py sudoku --checkpoint runs/sudoku --steps 20 --loops adaptive 53..7....6..195...
+    python sample.py sudoku --show PUZZLE               # the denoising, step by step and loop by loop
+    python sample.py sudoku --checkpoint runs/sudoku --steps 20 --loops adaptive PUZZLE
     python sample.py sudoku --data puzzles.csv --steps 1,5,20,81 --by level       # accuracy on a file
     python sample.py sudoku --data puzzles.csv --sweep       # accuracy by loops and steps
 
@@ -52,7 +52,7 @@ def read(arguments):
     text, where = " ".join(arguments), ""
     if not arguments or text == "-":
         text, where = sys.stdin.read(), "standard input"
-    elif len(arguments) == 1 and (Path(text).is_file() or re.search(r"\.[A-Za-z]\w*$", text)):
+    elif len(text) != 81 and re.search(r"[A-Za-z/\\]", text):  # not a puzzle, so a file
         where = text
         try:
             text = Path(text).read_text(encoding="utf-8-sig")
@@ -161,7 +161,7 @@ def solve(model, puzzles, show, **how):
 def measure(model, path, by, **how):
     """Scores over a file, in constant memory: {group: scores} for each value of column `by`, then "all"."""
     totals = {}
-    with tqdm(desc=f"{path}, T={how['steps']}", unit="puzzle", dynamic_ncols=True) as bar:
+    with tqdm(desc=f"{path}, T={how['steps']}", unit=" puzzles", dynamic_ncols=True, leave=False) as bar:
         for puzzles, solutions, labels in sudoku.read_puzzles(path, 1000, by):
             labels = np.array(labels)
             for label in dict.fromkeys(labels.tolist()):
@@ -212,7 +212,7 @@ def main():
     add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
     add("--order", choices=rmdm.ORDERS, default="confidence")
     add("--threshold", type=number(float, 0, 1), help="at each step reveal all that is at least this sure")
-    add("--temperature", type=number(float, 0), help="of the digits drawn; default: 1 if ancestral, else 0")
+    add("--temperature", type=number(float, 0, 100), help="of the digits drawn; default: 1 if ancestral, else 0")
     add("--seed", type=int, default=0, help="for orders and temperatures that draw")
     add("--data", metavar="FILE", nargs="+", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
@@ -221,8 +221,12 @@ def main():
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     args = parser.parse_intermixed_args()
     adaptive = args.loops == "adaptive"
-    if not (args.loops is None or adaptive or args.loops.isdecimal() and int(args.loops)):
-        raise BadInput(f"--loops is a number from 1 or `adaptive`, not {args.loops!r}")
+    if not (args.loops is None or adaptive or args.loops.isdecimal() and 1 <= int(args.loops) <= 1000):
+        raise BadInput(f"--loops is a number from 1 to 1000 or `adaptive`, not {args.loops!r}")
+    if args.data and (args.puzzle or args.show) or not args.data and (args.by or args.json or args.sweep):
+        raise BadInput("--data takes no puzzle and no --show; --by, --json and --sweep need --data")
+    if args.sweep and (args.by or args.json or args.loops or args.steps != "81"):
+        raise BadInput("--sweep prints its own table: it takes no --by, --json, --loops or --steps")
     if not all(T.isdecimal() and int(T) for T in args.steps.split(",")):
         raise BadInput(f"--steps is a number from 1, or several with commas, not {args.steps!r}")
     steps = [int(T) for T in args.steps.split(",")]

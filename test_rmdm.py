@@ -624,8 +624,17 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     run_sudoku = lambda *argv: run(capsys, monkeypatch, sudoku, *argv)  # noqa: E731
     run_sample = lambda *argv: run(capsys, monkeypatch, sample, *argv)  # noqa: E731
     monkeypatch.setattr(sudoku, "HELD_OUT", 4)
-    code, out, _ = run_sudoku("--puzzles", 8, "--device", "cpu", "--set", *small)
-    assert code == 0 and "T=81" in out
+    batches, calls = sudoku.batches, []
+
+    def interrupting(*data):
+        batch = batches(*data)
+        return lambda *a: (calls.append(1) or len(calls) == 2) and signal.raise_signal(signal.SIGINT) or batch(*a)
+
+    monkeypatch.setattr(sudoku, "batches", interrupting)
+    code, out, err = run_sudoku("--puzzles", 8, "--device", "cpu", "--set", *small)
+    assert code == 130 and "--resume runs/sudoku" in err and rmdm.read_checkpoint("runs/sudoku")["step"] == 2
+    code, out, _ = run_sudoku("--resume", "runs/sudoku")
+    assert code == 0 and "from step 2" in out and "T=81" in out and len(calls) == 3
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1]
     code, out, _ = run_sample(*command.split())
     assert code == 1 and "not solved: " in out and out.count("|") == 36
@@ -650,7 +659,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["--out", "b", "--set", "loops_min=9", "--puzzles", "8"], "loops_min=9 is more"),
         (["--out", "b", "--device", "mps"], "no mps device"),
         (["--out", "b", "--set", "stepz=3"], "no field 'stepz'"),
-        (["--out", "b", "--set", "steps=many"], "steps is a int"),
+        (["--out", "b", "--set", "steps=many"], "steps must be of type int"),
         (["--out", "b", "--set", "heads=3"], "heads"),
         (["--out", "b", "--set", "supervise=some"], "supervise"),
         (["--out", "b", "--data", "p.csv"], "more than"),
@@ -676,11 +685,15 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["sudoku", "short.txt"], "short.txt, line 2: a puzzle has 81 cells, this one 82"),
         (["sudoku", "noise.bin"], "not a text file"),
         (["sudoku", "many.txt", "--steps", "0"], "--steps is a number from 1"),
-        (["sudoku", "many.txt", "--loops", "few"], "--loops is a number from 1 or `adaptive`"),
+        (["sudoku", "many.txt", "--loops", "few"], "--loops is a number from 1 to 1000 or `adaptive`"),
         (["sudoku", "many.txt", "--threshold", "2"], "argument --threshold"),
         (["sudoku", "many.txt", "--order", "best"], "argument --order"),
         (["sudoku", "many.txt", "--order", "ancestral", "--threshold", "0.9"], "threshold needs an order"),
         (["chess"], "argument task"),
+        (["sudoku", "nosuch"], "nosuch: No such file"),
+        (["sudoku", "many.txt", "--json"], "need --data"),
+        (["sudoku", "--data", "p.csv", "--sweep", "--json"], "its own table"),
+        (["sudoku", "x" + "." * 80], "'x' at cell 1"),
         (["sudoku", "--data", "nothing.csv"], "no such file"),
         (["sudoku", "--data", "noise.bin"], "noise.bin"),
         (["sudoku", "--data", "p.csv", "--by", "color"], "no column 'color'"),
