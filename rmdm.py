@@ -16,9 +16,9 @@ Map: equation numbers (1) to (7) are this project's own; the README lists them.
     1. Schedule and forward process    eqs. (1), (3)    alpha, nelbo_weight, sample_t, corrupt
     2. Recursive transformer           eqs. (2), (7)    Config, Layer, RMDM
     3. Loss                            eqs. (3) to (5)  loop_weights, masked_ce, loss, nelbo
-    4. Sampler                         eqs. (6), (7)    certainty, sample
+    4. Sampler                         eqs. (6), (7)    certainty, sample, sample_all
     5. Training loop, checkpoints                       TrainConfig, Muon, pick_device, save, load, train
-    6. Command line of the training scripts             configure, launch, cli
+    6. Command line of the training scripts             configure, grid, launch, cli
 
 Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
 T denoising steps. x0 (B, N) int64 clean tokens; x_t the same, partly MASK; t (B,) in (0, 1]; `editable`
@@ -412,6 +412,18 @@ def sample(
     return Sample(x.to(device), passes, nfe, history)
 
 
+def sample_all(model, x, editable=None, batch=128, **how):
+    """`sample` in batches that fit a cache: the filled-in x (n, N), and the mean cost of an example as a
+    dict: nfe (loops), layer_passes (of any layer: K a loop; head and tail once a pass), seconds (in all)."""
+    began, c, outs = time.perf_counter(), model.config, []
+    for i in range(0, len(x), batch):
+        outs.append(sample(model, x[i : i + batch], None if editable is None else editable[i : i + batch], **how))
+    x, passes, nfe = (torch.cat([getattr(out, part) for out in outs]) for part in ("x", "passes", "nfe"))
+    layers = (nfe * c.layers + passes * (c.head_layers + c.tail_layers)).double().mean().item()
+    seconds = time.perf_counter() - began
+    return x, dict(nfe=nfe.double().mean().item(), layer_passes=layers, seconds=seconds)
+
+
 # ---------------------------------------------------------------------------------------------------
 # 5. Training loop and checkpoints
 # ---------------------------------------------------------------------------------------------------
@@ -677,10 +689,17 @@ def command_line(doc):
     return parser
 
 
+def grid(score, loops, steps):
+    """Print score(L, T), a share, in percent: a row for each L, a column for each T."""
+    print("        " + "".join(f"{f'T={T}':>8}" for T in steps))
+    for L in loops:
+        print(f"  L={L:<4}" + "".join(f"{100 * score(L, T):8.1f}" for T in steps), flush=True)
+
+
 def launch(task, doc, presets, prepare, options):
     """`python train_TASK.py`: read the command line, train or resume, report.
 
-    presets()              -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
+    presets(args)          -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
     prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end
     options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
     parser = command_line(doc)
@@ -715,7 +734,7 @@ def launch(task, doc, presets, prepare, options):
         if (out / "checkpoint.pt").exists():
             raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
         args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-        *configs, about = presets()[args.preset]
+        *configs, about = presets(args)[args.preset]
         config, training = configure(args.set, *configs)
         training = replace(training, seed=args.seed)
         print(f"preset {args.preset}: {about}; the bar shows the time left on this machine")

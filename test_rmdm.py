@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and two threads beside a busy process crawl
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rmdm
 import sample
+import train_countdown as countdown
 import train_sudoku as sudoku
 from rmdm import MASK, BadInput, Config, TrainConfig
 
@@ -440,7 +442,7 @@ def test_augmentation_keeps_puzzles_valid_and_moves_everything(puzzles):
 def test_rules():
     easy = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
     board = sudoku.parse(easy)
-    assert sudoku.parse("\n".join(sudoku.draw(board))).tolist() == board.tolist()
+    assert sudoku.parse("\n".join(sudoku.draw([sudoku.CHARS[d] for d in board]))).tolist() == board.tolist()
     assert sudoku.parse(easy.replace(".", "_")).tolist() == sudoku.parse(easy.replace(".", "0")).tolist()
     for bad, says in [
         (easy[:-1], "this one 80"),
@@ -478,24 +480,176 @@ def test_published_formats(puzzles, tmp_path):
     for name, text in files.items():
         if text:
             (tmp_path / name).write_text(text, encoding="utf-8")
-        ((puzzle, solution, labels),) = sudoku.read_puzzles(tmp_path / name)
+        ((puzzle, solution, labels),) = sudoku.read_file(tmp_path / name)
         assert (puzzle == p).all() and labels == [""] * 3, name
         assert (solution == (0 if name == "plain.txt" else s)).all(), name
-    assert [len(x) for x, _, _ in sudoku.read_puzzles(tmp_path / "plain.txt", 2)] == [2, 1]
-    assert next(sudoku.read_puzzles(tmp_path / "extreme.csv", label="source"))[2] == ["hard"] * 3
+    assert [len(x) for x, _, _ in sudoku.read_file(tmp_path / "plain.txt", 2)] == [2, 1]
+    assert next(sudoku.read_file(tmp_path / "extreme.csv", label="source"))[2] == ["hard"] * 3
     bad = tmp_path / "bad.csv"
     with pytest.raises(BadInput, match="line 1: expected 81"):
         bad.write_text(f"{q[0][:-1]}\n{q[1]}\n")
-        list(sudoku.read_puzzles(bad))
+        list(sudoku.read_file(bad))
     with pytest.raises(BadInput, match="line 1: row 1 has the digit 5 twice"):
         bad.write_text("55" + "." * 79)
-        list(sudoku.read_puzzles(bad))
+        list(sudoku.read_file(bad))
     for line, says in [("short,row", "line 3: expected 81"), (f"{q[0]},{a[1]}", "line 3: the solution contradicts")]:
         bad.write_text(f"quizzes,solutions\n{q[0]},{a[0]}\n{line}\n")
         with pytest.raises(BadInput, match=says):
-            list(sudoku.read_puzzles(bad))
+            list(sudoku.read_file(bad))
     with pytest.raises(BadInput, match="no such file"):
-        list(sudoku.read_puzzles(tmp_path / "none.csv"))
+        list(sudoku.read_file(tmp_path / "none.csv"))
+
+
+# ---- Countdown ----
+
+
+def every_solution(numbers, target=None):
+    """An independent solver: {target: the answers as text}, by recursion over all pairs, without limits."""
+    found = {}
+
+    def go(values, steps):
+        if len(values) == 1 and 10 <= values[0] <= 100:
+            found.setdefault(values[0], []).append(",".join(steps))
+        for i, j in itertools.permutations(range(len(values)), 2):
+            a, b, rest = values[i], values[j], [v for k, v in enumerate(values) if k not in (i, j)]
+            for op, c in (("+", a + b), ("-", a - b), ("*", a * b), ("/", Fraction(a, b) if b else -1)):
+                if c >= 0 and c == int(c):
+                    go([*rest, int(c)], [*steps, f"{a}{op}{b}={int(c)}"])
+
+    go([int(x) for x in numbers], [])
+    return found
+
+
+def largest(answer):
+    return max(int(c) for c in re.findall("=([0-9]+)", answer))
+
+
+def test_generated_problems_are_those_that_brute_force_finds():
+    rng = np.random.default_rng(0)
+    draws = [*rng.integers(1, 100, (12, 3)), *rng.integers(1, 100, (3, 4)), [1, 1, 1], [99, 99, 99, 98], [2, 50, 7, 7]]
+    for numbers in draws:
+        problems, equations = countdown.solutions(np.array([numbers]))
+        truth = every_solution(numbers)
+        assert sorted(truth) == problems[:, -1].tolist()
+        for problem, tokens in zip(problems, countdown.encode(problems, equations)):
+            answer = countdown.decode(tokens)
+            assert countdown.check(problem, answer) is None and answer in truth[problem[-1]]
+            assert largest(answer) == min(map(largest, truth[problem[-1]]))
+
+
+def test_the_limits_on_numbers_lose_no_target(monkeypatch):
+    numbers = np.array([[99, 99, 99, 99, 98], [97, 3, 89, 96, 5]])
+    limited = countdown.solutions(numbers)[0].tolist()
+    monkeypatch.setattr(countdown, "limits", lambda n: [(10**10,) * 3] * (n - 1))
+    assert countdown.solutions(numbers)[0].tolist() == limited and len(limited) > 80
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        ("87/29=3,32*3=96", None),
+        ("32*87=2784,2784/29=96", None),
+        ("87/29=3", "number left over: 32"),
+        ("", "syntax of equation 1"),
+        ("87/29=3,32*3=96,", "syntax of equation 3"),
+        ("87/29=3,32*3=96\n", "syntax of equation 2"),
+        ("87/29=3, 32*3=96", "syntax of equation 2"),
+        ("87/29=03,32*3=96", "syntax of equation 1"),
+        ("87//29=3,32*3=96", "syntax of equation 1"),
+        ("87/29=3,32**3=96", "syntax of equation 2"),
+        ("-87/29=-3,32*3=96", "syntax of equation 1"),
+        ("(87/29)=3,32*3=96", "syntax of equation 1"),
+        ("\uff18\uff17/29=3,32*3=96", "syntax of equation 1"),  # digits, but not ASCII
+        ("__import__('os').abort()", "syntax of equation 1"),
+        ("87+29=" + "9" * 5000, "syntax of equation 1"),
+        ("87/0=0,32*3=96", "false equation 1: 87/0=0"),
+        ("87/32=2,29*3=96", "false equation 1"),
+        ("87/29=3,32*3=95", "false equation 2: 32*3=95"),
+        ("29-87=0,32*3=96", "false equation 1"),
+        ("87/29=3,96+0=96", "number not available in equation 2: 96"),
+        ("87/29=3,32*3=96,96+0=96", "number not available in equation 3: 0"),
+        ("29*29=841,32*3=96", "number not available in equation 1: 29"),
+        ("87/29=3,32+3=35", "wrong target: 35, not 96"),
+        ("3*32=96,87+29=116", "number not available in equation 1: 3"),
+        ("87-29=58,58+32=90", "wrong target"),
+        ("87+29=116,32*3=96", "number not available in equation 2: 3"),
+    ],
+)
+def test_the_checker_names_what_is_wrong(answer, says):
+    wrong = countdown.check(countdown.parse("87,29,32,96"), answer)
+    assert wrong is says if says is None else wrong.startswith(says) and wrong.startswith(countdown.MISTAKES)
+
+
+def test_the_checker_agrees_with_brute_force_on_spoiled_answers():
+    random = np.random.default_rng(1)
+    verdicts = []
+    for _ in range(30):
+        numbers = random.integers(1, 13, 3).tolist()
+        for target, answers in every_solution(numbers).items():
+            for answer in {*answers}:
+                spoiled = list(answer)
+                spoiled[random.integers(len(spoiled))] = str(random.choice(list("0123456789+-*/=, ")))
+                for text in (answer, "".join(spoiled)):
+                    verdicts.append(countdown.check([*numbers, target], text) is None)
+                    assert verdicts[-1] == (text in answers), (numbers, target, text)
+    assert 1000 < sum(verdicts) < len(verdicts) - 1000
+
+
+def test_countdown_tokens():
+    problems, equations = countdown.generate(4, 100, 99, 0)
+    tokens = countdown.encode(problems, equations)
+    assert tokens.shape[1] == len(countdown.COORDS[4]) and (tokens != MASK).all()
+    prompt, answer = countdown.draw([countdown.CHARS[i] for i in tokens[0]])[0].split("  ->  ")
+    assert [int(x) for x in prompt.split(",")] == problems[0].tolist()
+    assert answer.replace(" ", "") == countdown.decode(tokens[0])
+    places = countdown.COORDS[4]
+    spoiled = tokens[0].copy()
+    i = next(i for i in np.flatnonzero(countdown.editable(len(spoiled))) if spoiled[i] == countdown.CHARS.index(" "))
+    assert places[i][2] > 0  # a blank is in front of a number
+    spoiled[i + 1], spoiled[i] = spoiled[i], 2
+    assert "syntax" in countdown.check(problems[0], countdown.decode(spoiled))  # a blank behind a digit is not
+    x, editable = countdown.start(tiny(vocab=18, coords=places), problems)
+    assert (x == torch.where(editable, MASK, torch.from_numpy(tokens).long())).all()
+    shuffled = np.column_stack([problems[:, [2, 0, 3, 1]], problems[:, 4]])
+    assert torch.equal(countdown.start(tiny(vocab=18, coords=places), shuffled)[0], x)
+
+
+def test_what_is_held_out_of_countdown_training():
+    published = [22, 24, 25, 30, 32, 50, 65, 67, 96]  # of the test file
+    assert sorted(countdown.held_out_targets(3)) == published
+    (seen, equations), (operands, _), (targets, _) = countdown.split(*countdown.generate(3, 20_000, 30, 0), 0)
+    multisets = lambda problems: set(map(tuple, np.sort(problems[:, :3], 1).tolist()))  # noqa: E731
+    assert not multisets(seen) & multisets(operands) and len(multisets(operands)) > 200
+    assert not set(seen[:, 3]) & set(targets[:, 3]) and set(targets[:, 3]) == set(countdown.held_out_targets(3))
+    assert len(set(operands[:, 3])) > 75 and not set(operands[:, 3]) & set(targets[:, 3])
+    x0, editable = countdown.batches(seen, equations, "cpu")(20_000, generator())
+    text = ["".join(countdown.CHARS[i] for i in row) for row in x0.tolist()]
+    counts = np.bincount([int(row[9:12]) for row in text], minlength=101)
+    wanted = np.isin(np.arange(101), seen[:, 3])
+    assert wanted.sum() == 82 and counts[~wanted].sum() == 0 and counts[wanted].min() > 150  # 244 on average
+    assert all(countdown.check(countdown.parse(row[:12]), countdown.decode(x)) is None for row, x in zip(text[:99], x0))
+    assert not editable[:, :12].any() and editable[:, 12:].all()
+
+
+def test_published_countdown_files(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('\ufeff{"input": "1,35,14,22", "output": "35-14=21,1+21=22", "k": 5}\n\n'
+                    '{"input": "87,29,32", "output": "96", "k": "a"}\n', encoding="utf-8")  # fmt: skip
+    ((problems, equations, labels),) = countdown.read_file(path, label="k")
+    assert problems.tolist() == [[1, 35, 14, 22], [87, 29, 32, 96]] and labels.tolist() == ["5", "a"]
+    assert equations.tolist() == [[[35, 1, 14, 21], [21, 0, 1, 22]], [[0] * 4] * 2]
+    for row, says in [
+        ('{"input": "1,35,14,22"}', "line 2: not a JSON object with input, output"),
+        ("[1]", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"input": "1,35,14,22", "output": "35-14=21,22+0=22"}', "line 2: the solution is wrong, number not avail"),
+        ('{"input": "1,35,14,222", "output": ""}', "expected 3 to 5"),
+        ('{"input": "1,35,14", "output": "9"}', "the target from 10 to 100"),
+        ('{"input": "1,35,14,3", "output": "90"}', "another number of operands"),
+    ]:
+        path.write_text('{"input": "87,29,32", "output": "96"}\n' + row)
+        with pytest.raises(BadInput, match=says):
+            list(countdown.read_file(path))
 
 
 # ---- training ----
@@ -669,7 +823,8 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     (tmp_path / "many.txt").write_text("# two\n" + "\n".join(p[:2]) + "\n")
     code, out, _ = run_sample("sudoku", "many.txt", "--checkpoint", "runs/sudoku", "--show", "--steps", "2")
     assert "of 2 right" in out and "loop 2: " in out and "step 2 of 2, 2 loops" in out and "\033" not in out
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(sudoku.draw(puzzles[1][0]))))  # nothing left to fill in
+    drawn = "\n".join(sudoku.draw([sudoku.CHARS[d] for d in puzzles[1][0]]))  # nothing left to fill in
+    monkeypatch.setattr("sys.stdin", io.StringIO(drawn))
     code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku")
     assert code == 0 and "right, checked by the rules (0 steps, 0 loops)" in out
     code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku", "--data", "p.csv", "--sweep")
@@ -704,6 +859,51 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         assert code == 2 and says in err and err.splitlines()[-1].startswith("sample.py: "), argv
         assert "Traceback" not in err and out == "", argv
     assert Path("runs/sudoku/checkpoint.pt").read_bytes() == kept and not Path("b").exists()
+
+
+def test_the_countdown_commands_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(countdown, "TEST", 8)
+    small = "steps=3 batch=4 width=8 heads=1 loops=2 warmup=1".split()
+    train = lambda *argv: run(capsys, monkeypatch, countdown, *argv)  # noqa: E731
+    use = lambda *argv: run(capsys, monkeypatch, sample, "countdown", "--checkpoint", "runs/countdown", *argv)  # noqa: E731
+    code, out, _ = train("--problems", 1000, "--device", "cpu", "--set", *small)
+    assert code == 0 and "easier" in out and "held-out operands, 8 problems" in out and "held-out targets" in out
+    code, out, _ = use(re.search(r"sample.py countdown --checkpoint \S+ (\S+)", out)[1], "--show", "--steps", "2")
+    assert code == 1 and "not solved: " in out and "step 2 of 2, 2 loops" in out and "loop 2: " in out
+    rows = [{"input": "20,4,7,87", "output": "20*4=80,7+80=87"}, {"input": "7,8,9", "output": "24"}]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = use("--data", "p.jsonl", "--steps", "1,34", "--json")
+    score = json.loads(out.splitlines()[1])
+    assert code == 0 and score["n"] == 2 and score["steps"] == 34 and score["nfe"] == score["layer_passes"] == 44
+    assert score["solved"] + sum(score[mistake] for mistake in countdown.MISTAKES) == 1
+    code, out, _ = use("--data", "p.jsonl", "--sweep")
+    assert code == 0 and re.findall(r"L=(\d+)", out) == ["1", "2", "3", "4"]
+    rows = [dict(rows[0], input=f"20,4,7,{t}", output=f"{t}") for t in range(10, 90)]
+    Path("no.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    for argv, says in [
+        (["--out", "b", "--top", "100"], "--top is from 4 to 99"),
+        (["--out", "b", "--numbers", "6"], "argument --numbers"),
+        (["--out", "b", "--problems", "1"], "--problems is at least 1000"),
+        (["--out", "b", "--data", "p.jsonl"], "at least 100 problems"),
+        (["--out", "b", "--data", "p.jsonl", "--numbers", "4"], "problems with 3 operands, not 4"),
+        (["--out", "b", "--data", "no.jsonl"], "a solution for every problem"),
+        (["--out", "b", "--data", "none.jsonl"], "none.jsonl"),
+    ]:
+        code, _, err = train(*argv)
+        assert code == 2 and says in err.splitlines()[-1] and "Traceback" not in err, argv
+    assert not Path("b").exists()
+    for argv, says in [
+        (["1,2,3,4,50"], "the model is for 3 operands, not 4"),
+        (["1,2,3"], "expected 3 to 5 operands"),
+        (["1,2,100,50"], "operands are from 1 to 99"),
+        (["1,2,3,9" + "9" * 5000], "expected 3 to 5"),
+        (["no.jsonl"], "no.jsonl, line 1: expected"),
+        (["--data", "none.jsonl"], "none.jsonl"),
+        (["--data", "p.jsonl", "--by", "level"], "line 1: not a JSON object with input, output, level"),
+    ]:
+        code, out, err = use(*argv)
+        assert code == 2 and says in err and "Traceback" not in err and out == "", argv
 
 
 def test_the_links_from_equations_to_code_hit():

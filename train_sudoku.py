@@ -19,7 +19,6 @@ NumPy. Masking only their blanks keeps every state of the forward process a puzz
 import csv
 import os
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,8 @@ COL = np.arange(81) % 9
 BOX = ROW // 3 * 3 + COL // 3
 UNITS = np.array([np.flatnonzero(kind == i) for kind in (ROW, COL, BOX) for i in range(9)])  # (27, 9)
 COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # three axes: our choice, see rmdm.Config
+CHARS = ".123456789"  # a token's character
+LINE = 81  # characters of a puzzle on one line; shorter lines are those of a drawn grid
 
 # ---------------------------------------------------------------------------------------------------
 # 1. Rules
@@ -69,9 +70,13 @@ def valid(boards):
     return (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
 
 
+def place(cell, N=81):
+    """What to call a cell: r1c1= to r9c9=."""
+    return f"r{cell // 9 + 1}c{cell % 9 + 1}="
+
+
 def draw(cells):
-    """81 digits (0 is a blank) or characters -> the eleven lines of a grid."""
-    cells = [str(cell) if cell else "." for cell in cells]
+    """81 characters -> the eleven lines of a grid."""
     rows = [" | ".join(" ".join(cells[r * 9 + c : r * 9 + c + 3]) for c in (0, 3, 6)) for r in range(9)]
     rule = "------+-------+------"
     return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
@@ -205,7 +210,7 @@ def generated(n, seed, folder="data"):
 # ---------------------------------------------------------------------------------------------------
 
 
-def read_puzzles(path, at_a_time=None, label=None):
+def read_file(path, at_a_time=None, label=None):
     """Yield (puzzles, solutions, labels) from a file: (n, 81) uint8 twice and a list of n strings.
 
     Reads Kaggle 1M (quizzes,solutions) and 3M (id,puzzle,solution,clues,difficulty), sudoku-extreme
@@ -322,26 +327,39 @@ def batches(puzzles, solutions, device):
     return batch
 
 
-def evaluate(model, puzzles, solutions, batch=128, **how):
+def start(model, puzzles, device="cpu"):
+    """Puzzles (n, 81) -> tokens (n, 81) int64 and `editable`, True = blank."""
+    x = torch.from_numpy(puzzles).long().to(device)
+    return x, x == MASK
+
+
+def evaluate(model, puzzles, solutions, **how):
     """Solve puzzles (n, 81) with rmdm.sample(**how) and score. Returns a dict: n; the share of puzzles that
     are exact (all 81 right) and valid (rules and clues hold); cell, the mean share of a puzzle's blanks that
-    are right; nfe and layer_passes, means per puzzle; seconds. Without solutions exact and cell are nan."""
-    device, began, boards, passes, nfe = next(model.parameters()).device, time.perf_counter(), [], [], []
-    for i in range(0, len(puzzles), batch):
-        out = rmdm.sample(model, torch.from_numpy(puzzles[i : i + batch]).long().to(device), **how)
-        boards.append(out.x.cpu()), passes.append(out.passes.cpu()), nfe.append(out.nfe.cpu())
-    boards, passes, nfe = (torch.cat(part).numpy() for part in (boards, passes, nfe))
-    right, blank, c = boards == solutions, puzzles == MASK, model.config
-    unknown = 1.0 if (solutions != MASK).all() else np.nan
+    are right; the cost, see rmdm.sample_all. Without solutions exact and cell are nan."""
+    x, cost = rmdm.sample_all(model, *start(model, puzzles, next(model.parameters()).device), **how)
+    boards, blank = x.cpu().numpy(), puzzles == MASK
+    right, unknown = boards == solutions, 1.0 if (solutions != MASK).all() else np.nan
     return dict(
         n=len(puzzles),
         exact=unknown * float(right.all(1).mean()),
         valid=float((valid(boards) & ((boards == puzzles) | blank).all(1)).mean()),
         cell=unknown * float(1 - ((~right & blank).sum(1) / blank.sum(1).clip(min=1)).mean()),
-        nfe=float(nfe.mean()),
-        layer_passes=float((nfe * c.layers + passes * (c.head_layers + c.tail_layers)).mean()),
-        seconds=time.perf_counter() - began,
+        **cost,
     )
+
+
+def judge(puzzle, tokens, trace):
+    """Replay the reveals, surest first in each step, up to the first that breaks a rule: (board, what is wrong)."""
+    board = puzzle.copy()
+    for step in trace:
+        cells = step["revealed"].nonzero()[:, 0]
+        for cell in cells[step["sure"][cells].argsort(descending=True)].tolist():
+            board[cell] = step["x"][cell]
+            if (broken := conflict(board)) is not None:
+                what, board[cell] = f"{place(cell)}{board[cell]} breaks a rule, {broken}", MASK
+                return board, f"{what}; shown up to there, {(board == MASK).sum()} cells left"
+    return board, None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -351,7 +369,7 @@ def evaluate(model, puzzles, solutions, batch=128, **how):
 HELD_OUT = 256  # puzzles kept for evaluation: the table at the end takes half a minute on a CPU
 
 
-def presets():
+def presets(args):
     return {
         "cpu": (
             rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=8, inject=True),
@@ -368,7 +386,7 @@ def presets():
 
 def prepare(args, device):
     if args.data:
-        puzzles, solutions, _ = next(read_puzzles(args.data), (None, None, None))
+        puzzles, solutions, _ = next(read_file(args.data), (None, None, None))
         if puzzles is None or len(puzzles) <= HELD_OUT:
             raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles")
         if not (solutions != MASK).all():
@@ -388,10 +406,8 @@ def prepare(args, device):
     def report(model):
         L, steps = model.config.loops, (1, 5, 20, 81)
         print(f"\nexact, % of {HELD_OUT} held-out minimal puzzles, by loops L and steps T (confidence order)")
-        print("        " + "".join(f"{f'T={T}':>8}" for T in steps))
-        for loops in sorted({max(1, L // 2), L, L * 3 // 2}):
-            scores = [evaluate(model, *test, steps=T, loops=loops)["exact"] for T in steps]
-            print(f"  L={loops:<4}" + "".join(f"{100 * score:8.1f}" for score in scores))
+        loops = sorted({max(1, L // 2), L, L * 3 // 2})
+        rmdm.grid(lambda L, T: evaluate(model, *test, steps=T, loops=L)["exact"], loops, steps)
         puzzle = "".join(map(str, test[0][0])).replace("0", ".")
         print(f"\nNow solve one that it has never seen:\n  python sample.py sudoku --checkpoint {args.out} {puzzle}")
 

@@ -1,0 +1,428 @@
+"""Countdown with recursive masked diffusion: rules, problems, evaluation, training.
+
+    python train_countdown.py                             # picks device and preset, trains, evaluates
+    python train_countdown.py --preset cpu --device cpu   # ten minutes on two CPU cores: operands to 30
+    python train_countdown.py --preset gpu                # the published task with four operands
+    python train_countdown.py --preset gpu --numbers 3    # with three, or five
+    python train_countdown.py --resume runs/countdown     # goes on where an interrupted run stopped
+    python train_countdown.py --data cd4_train.jsonl      # trains on a published file, not generated problems
+
+The task, after Stream of Search (2404.03683) and Ye et al. (2410.14157): combine n operands, each from 1 to
+99 and used exactly once, by + - * / into a target from 10 to 100. Intermediate results are integers from 0.
+Problem and solution, one token a character:
+
+    86,28,13,31,96   ->   86+28=114,31-13=18,114-18=96
+
+Each number has a field of fixed width (our choice), filled from the right, with blanks in front, so that a
+digit's place in the sequence says what it is worth:
+
+    "86,28,13,31, 96" + "86+28= 114,  31-13=  18, 114-  18= 96"
+
+The first part, the prompt, is never editable; the second is, its blanks included, which the model has to get
+right like any other token.
+"""
+
+import itertools
+import json
+import random
+import re
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rmdm
+from rmdm import MASK, BadInput
+
+LOW, HIGH, TOP = 10, 100, 99  # targets from LOW to HIGH, operands from 1 to TOP
+
+# ---------------------------------------------------------------------------------------------------
+# 1. Rules
+# ---------------------------------------------------------------------------------------------------
+
+
+def parse(text):
+    """"86,28,13,31,96" -> the operands and, last, the target: (n+1,). Raises BadInput."""
+    if not re.fullmatch(r"\s*[0-9]{1,4}(\s*,\s*[0-9]{1,4}){3,5}\s*", text):
+        raise BadInput(f"expected 3 to 5 operands and the target, as in 86,28,13,31,96, not {text[:40]!r}")
+    *numbers, target = problem = [int(x) for x in text.split(",")]
+    if not all(1 <= x <= TOP for x in numbers) or not LOW <= target <= HIGH:
+        raise BadInput(f"operands are from 1 to {TOP}, the target from {LOW} to {HIGH}, not {text.strip()}")
+    return np.array(problem)
+
+
+def check(problem, answer):
+    """What is wrong with an answer such as "86+28=114,31-13=18,114-18=96" to a problem (n+1,), in words that
+    begin with one of MISTAKES; None if nothing is. Nothing is evaluated: a regular expression reads the numbers."""
+    *left, target = map(int, problem)
+    for k, equation in enumerate(answer.split(","), 1):
+        number = "(0|[1-9][0-9]{0,8})"
+        found = re.fullmatch(f"{number}([-+*/]){number}={number}", equation)
+        if not found:
+            return f"syntax of equation {k}: {equation[:40]!r}"
+        a, op, b, c = int(found[1]), found[2], int(found[3]), int(found[4])
+        if not {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b > 0 and a == b * c}[op]:
+            return f"false equation {k}: {equation}"
+        for x in (a, b):
+            if x not in left:
+                return f"number not available in equation {k}: {x}"
+            left.remove(x)
+        left.append(c)
+    if len(left) > 1:
+        return f"number left over: {', '.join(map(str, left[:-1]))}"
+    return None if left == [target] else f"wrong target: {left[0]}, not {target}"
+
+
+MISTAKES = ("syntax", "false equation", "number not available", "number left over", "wrong target")
+
+
+# ---------------------------------------------------------------------------------------------------
+# 2. Generator: all solutions of many problems at once
+# ---------------------------------------------------------------------------------------------------
+# A path is a solution's number: at each step, which pair of the values so far, and which of + - * /.
+
+
+def limits(n):
+    """The largest numbers worth having in a solution with n operands: (left, right, result) of each equation.
+
+    A result made of m operands is at most TOP^m, and useless if no division by the other n - m can bring it
+    down to HIGH. Of the k+1 operands that equation k joins at most half are on its smaller, right side."""
+    results = [max(min(TOP**m, HIGH * TOP ** (n - m)) for m in range(2, k + 2)) for k in range(1, n - 1)]
+    results = [TOP, *results, HIGH]
+    return [(results[k - 1], TOP ** ((k + 1) // 2), results[k]) for k in range(1, n)]
+
+
+def combine(a, b, limit):
+    """a + b, a - b, a * b, a / b for a >= b, as one array (4, ...); -1 = not an integer, or above the limit."""
+    b1 = np.maximum(b, 1)
+    results = np.stack([a + b, a - b, a * b, np.where((b > 0) & (a % b1 == 0), a // b1, -1)])
+    return np.where((b < 0) | (results > limit), -1, results)
+
+
+def search(numbers):
+    """Operands (M, n) -> for every path what it ends in, -1 where it breaks a rule, and the largest number
+    on the way: two arrays (M, paths). For n = 3, 4, 5 there are 48, 1152 and 46080 paths."""
+    state = np.append(numbers.T, 0 * numbers.T[:1], 0)[:, :, None]  # (values and, last, the largest; M; paths so far)
+    for m, (_, _, limit) in zip(range(numbers.shape[1], 1, -1), limits(numbers.shape[1])):
+        grown = []
+        for i, j in itertools.combinations(range(m), 2):
+            rest, largest = np.delete(state[:m], (i, j), 0), state[m:]
+            for result in combine(np.maximum(state[i], state[j]), np.minimum(state[i], state[j]), limit):
+                grown.append(np.concatenate([result[None], rest, np.maximum(largest, result)]))
+        state = np.stack(grown, -1).reshape(m, len(numbers), -1)
+    return state
+
+
+def replay(numbers, path):
+    """Operands (P, n) and a path each (P,) -> equations (P, n-1, 4): left, operator, right, result."""
+    values, equations, n = numbers, [], numbers.shape[1]
+    for m in range(n, 1, -1):
+        later = np.prod([4 * k * (k - 1) // 2 for k in range(2, m)], dtype=int)  # paths from the next step on
+        choice, path = path // later, path % later
+        pairs = np.array(list(itertools.combinations(range(m), 2)))
+        others = np.array([[k for k in range(m) if k not in pair] for pair in pairs], int).reshape(len(pairs), -1)
+        two = np.take_along_axis(values, pairs[choice // 4], 1)
+        a, b, op = two.max(1), two.min(1), choice % 4
+        result = np.take_along_axis(combine(a, b, HIGH * TOP**n), op[None], 0)[0]
+        values = np.concatenate([result[:, None], np.take_along_axis(values, others[choice // 4], 1)], 1)
+        equations.append(np.stack([a, op, b, result], 1))
+    return np.stack(equations, 1)
+
+
+def solutions(numbers):
+    """Every problem that operands (M, n) pose, with one solution each: problems (P, n+1), equations
+    (P, n-1, 4). Some 200,000 a second for n = 3, 100,000 for n = 4, 30,000 for n = 5.
+
+    Of many solutions it is the one whose largest number is smallest, and of those the first that joins the
+    largest operands (our choice: a rule is learned faster than a random pick, see the README)."""
+    numbers = -np.sort(-numbers, 1)
+    ends, largest = search(numbers)
+    row, path = np.nonzero((ends >= LOW) & (ends <= HIGH))
+    target, first = ends[row, path], np.argsort(largest[row, path], kind="stable")
+    _, i = np.unique((row * 128 + target)[first], return_index=True)  # 128: any number above HIGH
+    row, path, target = (part[first[i]] for part in (row, path, target))
+    return np.column_stack([numbers[row], target]), replay(numbers[row], path)
+
+
+def generate(n, count, top, seed):
+    """At least `count` problems with their equations, see `solutions`, from i.i.d. draws of n operands, 1 to `top`."""
+    rng, parts, size = np.random.default_rng(seed), [], {3: 4096, 4: 512, 5: 16}[n]  # draws that fit a cache
+    with tqdm(total=count, desc="generating problems", unit="problem", dynamic_ncols=True) as bar:
+        while bar.n < count:
+            parts.append(solutions(rng.integers(1, top + 1, (size, n))))
+            bar.update(len(parts[-1][0]))
+    return tuple(np.concatenate(part) for part in zip(*parts))
+
+
+def held_out_targets(n):
+    """The nine targets that Ye et al. hold out for n operands."""
+    targets = list(range(LOW, HIGH + 1))
+    random.Random(n).shuffle(targets)
+    return targets[:9]
+
+
+def split(problems, equations, seed):
+    """Three lists of (problems, equations): for training; to test, problems whose operands, in any order, are
+    held out (500 multisets, or a tenth of all) and targets are not; and problems with a held-out target alone.
+    TEST problems in a test, each target as often as any other."""
+    rng, n = np.random.default_rng(seed), problems.shape[1] - 1
+    key = np.sort(problems[:, :n], 1) @ 128 ** np.arange(n)
+    multisets = np.unique(key)
+    secret = np.isin(key, rng.choice(multisets, min(500, len(multisets) // 10), replace=False))
+    target = np.isin(problems[:, n], held_out_targets(n))
+    parts = [(problems[~secret & ~target], equations[~secret & ~target])]
+    for i in (np.flatnonzero(secret & ~target), np.flatnonzero(~secret & target)):
+        share = 1 / np.bincount(problems[i, n])[problems[i, n]]
+        i = rng.choice(i, min(TEST, len(i)), replace=False, p=share / share.sum()) if len(i) else i
+        parts.append((problems[i], equations[i]))
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------
+# 3. Tokens
+# ---------------------------------------------------------------------------------------------------
+
+CHARS = "_0123456789+-*/=, "  # a character's place is its token: MASK is "_", a blank of a field " "
+LINE = 1  # every line of a file is a problem
+OPS = "+-*/"
+
+
+def template(n):
+    """What the sequence for n operands is made of: (what, width, equation, role) for each field in turn.
+
+    what: "number", "operator", or the character that is always there. equation: 0 is the prompt."""
+    parts = [(*field, 0, i) for i in range(n) for field in (("number", len(str(TOP))), (",", 1))]
+    parts.append(("number", len(str(HIGH)), 0, n))
+    for k, (left, right, result) in enumerate(limits(n), 1):
+        parts += [(",", 1, k, n)] if k > 1 else []
+        parts += [("number", len(str(left)), k, n + 1), ("operator", 1, k, n + 2)]
+        parts += [("number", len(str(right)), k, n + 3), ("=", 1, k, n + 4), ("number", len(str(result)), k, n + 5)]
+    return parts
+
+
+def coords(n):
+    """(N, 3) coordinates for rmdm.Config: equation, role in it, and place of the digit from the right."""
+    return tuple((k, role, place) for _, width, k, role in template(n) for place in reversed(range(width)))
+
+
+COORDS = {n: coords(n) for n in (3, 4, 5)}
+OPERANDS = {len(table): n for n, table in COORDS.items()}  # N -> n: the length of a sequence tells
+
+
+def editable(N):
+    """(N,) bool, True = answer, False = prompt."""
+    return np.array([k > 0 for k, _, _ in COORDS[OPERANDS[N]]])
+
+
+def encode(problems, equations):
+    """Problems (P, n+1) and equations (P, n-1, 4) -> tokens (P, N) uint8. The operands are put in falling
+    order (our choice: they may come in any, and a model need not learn that). As text,
+
+        encode([[4, 20, 7, 87]], [[[20, 2, 4, 80], [80, 0, 7, 87]]])  ->  "20, 4, 7, 87" "20* 4=  80,  80+ 7= 87"
+    """
+    P, n, parts = len(problems), problems.shape[1] - 1, []
+    columns = iter([*-np.sort(-problems[:, :n], 1).T, problems[:, n], *equations.reshape(P, 4 * (n - 1)).T])
+    for what, width, _, _ in template(n):
+        if what == "number":
+            power, x = 10 ** np.arange(width)[::-1], next(columns)[:, None]
+            parts.append(np.where((x < power) & (power > 1), CHARS.index(" "), x // power % 10 + CHARS.index("0")))
+        elif what == "operator":
+            parts.append(next(columns)[:, None] + CHARS.index("+"))
+        else:
+            parts.append(np.full((P, 1), CHARS.index(what)))
+    return np.concatenate(parts, 1).astype(np.uint8)
+
+
+def decode(tokens):
+    """Tokens (N,) -> the answer as text, without the blanks in front of numbers; any other blank stays,
+    which `check` calls a mistake of syntax."""
+    text = "".join(CHARS[token] for token, answer in zip(tokens, editable(len(tokens))) if answer)
+    return re.sub("(?<![0-9]) +(?=[0-9])", "", text)
+
+
+def draw(cells):
+    """N characters -> one line: the prompt, an arrow, the answer."""
+    prompt = int((~editable(len(cells))).sum())
+    return [f"{''.join(cells[:prompt])}  ->  {''.join(cells[prompt:])}"]
+
+
+def place(i, N):
+    """What to call a position of the answer: the number of its equation."""
+    return f"eq{COORDS[OPERANDS[N]][i][0]}:"
+
+
+# ---------------------------------------------------------------------------------------------------
+# 4. Published files
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_file(path, at_a_time=None, label=None):
+    """Yield (problems (P, n+1), equations (P, n-1, 4), labels) from a jsonl file, at_a_time rows at once.
+
+    A row is {"input": "87,29,32,96", "output": "87/29=3,32*3=96"}, with any solution, or
+    {"input": "87,29,32", "output": "96"}, for which the equations are all 0; `label` names a field to hand
+    through. Raises BadInput with the number of a bad line."""
+    rows, size = [], at_a_time or 1 << 62
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        for line, text in enumerate(f, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+                problem, answer = str(row["input"]), str(row["output"])
+                problem, answer = (problem, answer) if "=" in answer else (f"{problem},{answer}", "")
+                rows.append((parse(problem), read_answer(parse(problem), answer), str(row[label]) if label else ""))
+                if len(rows[0][0]) != len(rows[-1][0]):
+                    raise BadInput("another number of operands than in the lines before")
+            except BadInput as e:
+                raise BadInput(f"{path}, line {line}: {e}") from None
+            except (ValueError, TypeError, KeyError, RecursionError):
+                wanted = ", ".join(["input", "output"] + [label] * bool(label))
+                raise BadInput(f"{path}, line {line}: not a JSON object with {wanted}") from None
+            if len(rows) == size:
+                yield tuple(map(np.array, zip(*rows)))
+                rows = []
+    if rows:
+        yield tuple(map(np.array, zip(*rows)))
+
+
+def read_answer(problem, answer):
+    """A correct answer as text -> equations (n-1, 4), the larger operand on the left; "" -> all 0."""
+    equations = np.zeros((len(problem) - 2, 4), int)
+    if answer and (wrong := check(problem, answer)):
+        raise BadInput(f"the solution is wrong, {wrong}")
+    for k, (a, op, b, c) in enumerate(re.findall("([0-9]+)(.)([0-9]+)=([0-9]+)", answer)):
+        a, op, b = int(a), OPS.index(op), int(b)
+        if a < b:  # of a sum or product, or 0/b=0, which is b*0=0
+            a, op, b = b, 2 if op == 3 else op, a
+        equations[k] = a, op, b, int(c)
+    return equations
+
+
+# ---------------------------------------------------------------------------------------------------
+# 5. Training batches and evaluation
+# ---------------------------------------------------------------------------------------------------
+
+
+def batches(problems, equations, device):
+    """The `batch` function that rmdm.train asks for: each target as often as any other, as published."""
+    problems, equations = (part[problems[:, -1].argsort(kind="stable")] for part in (problems, equations))
+    _, first, count = (torch.from_numpy(x).to(device) for x in np.unique(problems[:, -1], True, return_counts=True))
+    x0 = torch.from_numpy(encode(problems, equations)).to(device)  # uint8: small on the device
+    answer = torch.from_numpy(editable(x0.shape[1])).to(device)
+
+    def batch(n, generator):
+        target = torch.randint(len(first), (n,), generator=generator, device=device)
+        i = first[target] + (torch.rand(n, generator=generator, device=device) * count[target]).long()
+        return x0[i].long(), answer.expand(n, -1)
+
+    return batch
+
+
+def start(model, problems, device="cpu"):
+    """Problems (P, n+1) -> tokens (P, N) int64, the answer MASKed, and `editable` (P, N). Raises BadInput if
+    the model is for another number of operands."""
+    n, N = problems.shape[1] - 1, len(model.config.coords)
+    if n != OPERANDS.get(N):
+        raise BadInput(f"the model is for {OPERANDS.get(N, 'no such')} operands, not {n}")
+    x = encode(problems, np.zeros((len(problems), n - 1, 4), int))
+    answer = torch.from_numpy(editable(N)).expand(*x.shape).to(device)
+    return torch.from_numpy(x).long().to(device).masked_fill(answer, MASK), answer
+
+
+def evaluate(model, problems, equations=None, **how):
+    """Solve problems (P, n+1) with rmdm.sample(**how) and check the answers. Returns a dict: n, the share
+    `solved`, the share with each of MISTAKES first, and the cost, see rmdm.sample_all. `equations` are not used:
+    any solution counts."""
+    x, cost = rmdm.sample_all(model, *start(model, problems, next(model.parameters()).device), **how)
+    wrong = [check(problem, decode(tokens)) for problem, tokens in zip(problems, x.tolist())]
+    shares = {mistake: np.mean([str(w).startswith(mistake) for w in wrong]) for mistake in MISTAKES}
+    return dict(n=len(wrong), solved=wrong.count(None) / len(wrong), **shares, **cost)
+
+
+def judge(problem, tokens, trace):
+    """The tokens (N,) to show as the answer, and what is wrong with it, or None."""
+    return tokens, check(problem, decode(tokens))
+
+
+# ---------------------------------------------------------------------------------------------------
+# 6. The command
+# ---------------------------------------------------------------------------------------------------
+
+TEST = 512  # problems in each of the two tests: a standard error of two points
+
+
+def presets(args):
+    if args.data:
+        n = next(read_file(args.data, 1), [np.zeros((1, 4))])[0].shape[1] - 1
+        if args.numbers not in (None, n):
+            raise BadInput(f"{args.data}: has problems with {n} operands, not {args.numbers}")
+        args.numbers = n
+    cpu = args.preset == "cpu"
+    args.numbers = args.numbers or (3 if cpu else 4)
+    args.top = args.top or (30 if cpu else TOP)
+    if not 4 <= args.top <= TOP:
+        raise BadInput(f"--top is from 4 to {TOP}, not {args.top}")
+    return {
+        "cpu": (
+            rmdm.Config(len(CHARS), COORDS[args.numbers], width=128, heads=4, layers=1, loops=4, inject=True),
+            rmdm.TrainConfig(steps=7000, batch=64),
+            "about ten minutes on two CPU cores for three operands to 30, an easier task than the published one "
+            "(four, or three to five, operands to 99)",
+        ),
+        "gpu": (
+            rmdm.Config(len(CHARS), COORDS[args.numbers], width=384, heads=6, layers=4, loops=4, inject=True),
+            rmdm.TrainConfig(steps=10_000, batch=1024, lr=0.01, lr_rest=2e-3, warmup=500),
+            "the published task, meant for ten minutes of one modern GPU (not measured on one yet)",
+        ),
+    }
+
+
+def prepare(args, device):
+    if args.data:
+        problems, equations, _ = next(read_file(args.data), (np.zeros((0, 4)), None, None))
+        if len(problems) < 100:
+            raise BadInput(f"{args.data}: training needs at least 100 problems")
+        if not equations.any((1, 2)).all():
+            raise BadInput(f"{args.data}: training needs a solution for every problem")
+    elif args.problems < 1000:
+        raise BadInput(f"--problems is at least 1000, not {args.problems}")
+    else:
+        problems, equations = generate(args.numbers, args.problems, args.top, args.seed)
+    seen, *tests = split(problems, equations, args.seed)
+    tests = {name: test for name, test in zip(("held-out operands", "held-out targets"), tests) if len(test[0])}
+    print(f"{len(seen[0]):,} problems; " + ", ".join(f"{len(test[0])} with {name}" for name, test in tests.items()))
+
+    N = len(COORDS[args.numbers])
+
+    def monitor(model):
+        return {name: evaluate(model, test[:128], steps=N)["solved"] for name, (test, _) in tests.items()}
+
+    def report(model):
+        L = model.config.loops
+        for name, (test, _) in tests.items():
+            score = evaluate(model, test, steps=N)
+            parts = [f"{key} {100 * score[key]:.1f}%" for key in ("solved", *MISTAKES)]
+            print(f"\n{name}, {len(test)} problems, L={L}, T={N}: {', '.join(parts)}")
+            print("solved, %, by loops L and steps T (confidence order)")
+            loops = sorted({max(1, L // 2), L, L * 3 // 2})
+            rmdm.grid(lambda L, T: evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
+        problem = ",".join(map(str, tests["held-out operands"][0][0]))
+        command = f"python sample.py countdown --checkpoint {args.out} {problem}"
+        print(f"\nNow solve one that it has never seen:\n  {command}")
+
+    return batches(*seen, device), monitor, report
+
+
+def main():
+    options = {
+        "--numbers": dict(type=int, choices=(3, 4, 5), help="operands; default: 3 for the cpu preset, else 4"),
+        "--top": dict(type=int, help=f"largest operand; default: 30 for the cpu preset, else {TOP}, as published"),
+        "--problems": dict(type=int, default=500_000, help="how many to generate (default: %(default)s)"),
+        "--data": dict(metavar="FILE", help="train on a published jsonl file, some of it held out"),
+    }
+    rmdm.launch("countdown", __doc__, presets, prepare, options)
+
+
+if __name__ == "__main__":
+    rmdm.cli(main)
