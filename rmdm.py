@@ -272,10 +272,12 @@ def loop_weights(supervise, loops):
     return [x / sum(w) for x in w]
 
 
-def masked_ce(model, x0, editable, loops, read, generator):
-    """Mask x0 at random times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked, after each
+def masked_ce(model, x0, editable, loops, read, generator, mass_t1=0.0):
+    """Mask x0 at random times t (B,), a share mass_t1 of them exactly 1, and take -log p_theta(x0^i | x_t), zero where not masked, after each
     loop in `read`: (len(read), B, N) nats. Also returns t and the share of masked tokens that the last gets right."""
     t = sample_t(len(x0), generator, x0.device)
+    if mass_t1:
+        t = torch.where(torch.rand(len(x0), generator=generator, device=x0.device) < mass_t1, 1.0, t)
     x_t, masked = corrupt(x0, t, editable, generator)
     logits = model(x_t, t, loops, read).float()
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
@@ -284,16 +286,17 @@ def masked_ce(model, x0, editable, loops, read, generator):
     return ce.view(len(read), *x0.shape), t, right
 
 
-def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None):
+def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None, mass_t1=0.0):
     """Training loss: the weighted mean over supervised loops of eq. (3) or (4), in nats per editable token.
 
     objective: "elbo", eq. (3), or "simple", eq. (4): the same without the weight 1/t. Both divide by the
     number of editable tokens in the batch, so that one learning rate suits both. Not by the number masked:
     that would differ by a factor of about 2; nor example by example: that is the any-order objective.
+    mass_t1: the share of examples put at t = 1, all MASK, where sampling starts (ours; above 0, no bound).
     Returns (loss, share of masked tokens that the last loop predicts right)."""
     loops = loops or model.config.loops
     weights = {l: w for l, w in enumerate(loop_weights(supervise, loops), 1) if w}
-    ce, t, right = masked_ce(model, x0, editable, loops, tuple(weights), generator)
+    ce, t, right = masked_ce(model, x0, editable, loops, tuple(weights), generator, mass_t1)
     if objective == "elbo":
         ce = ce * nelbo_weight(t)[:, None]
     w = torch.tensor(list(weights.values()), device=x0.device)
@@ -443,6 +446,7 @@ class TrainConfig:
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
     supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
+    mass_t1: float = 0.0  # share of examples at t = 1, all MASK: helps Countdown, did nothing for Sudoku
     loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
@@ -453,8 +457,8 @@ class TrainConfig:
         loop_weights(self.supervise, 1)  # raises BadInput
         if self.objective not in ("simple", "elbo"):
             raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
-        if self.loops_min < 0:
-            raise BadInput("loops_min is at least 0")
+        if self.loops_min < 0 or not 0 <= self.mass_t1 <= 1:
+            raise BadInput("loops_min is at least 0, mass_t1 from 0 to 1")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
 
@@ -617,7 +621,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(config.batch, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                value, right = loss(model, x0, editable, config.objective, config.supervise, loops, generator)
+                how = config.objective, config.supervise, loops, generator, config.mass_t1
+                value, right = loss(model, x0, editable, *how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             for optimizer in optimizers:

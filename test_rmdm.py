@@ -158,6 +158,16 @@ def test_loss_by_hand(objective, supervise):
     assert right.item() == pytest.approx(sum(hits) / len(hits))
 
 
+def test_mass_at_t1_masks_everything_in_that_share_of_examples():
+    seen = []
+    model = tiny()
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    x0 = torch.ones(4000, 3, dtype=torch.long)
+    for mass, low, high in ((0.0, 0.22, 0.28), (0.5, 0.59, 0.66), (1.0, 1, 1)):  # else the mean of t^3, 1/4
+        rmdm.loss(model, x0, torch.ones_like(x0, dtype=torch.bool), generator=generator(), mass_t1=mass)
+        assert low <= (seen[-1] == MASK).all(1).float().mean() <= high
+
+
 def test_nothing_masked_costs_nothing():
     model, x0 = tiny(), torch.ones(2, 3, dtype=torch.long)
     nothing = torch.zeros_like(x0, dtype=torch.bool)

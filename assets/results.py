@@ -2,8 +2,9 @@
 
     sudoku-cpu-seed*.jsonl        log.jsonl of `python train_sudoku.py --seed ...`
     sudoku-cpu-seed*-eval.jsonl   `python sample.py sudoku --data ... --steps 1,5,20,81 --by level --json`
+    countdown-{cpu,cd3}-seed*.jsonl, -eval.jsonl   the same of Countdown
 
-Prints the tables as Markdown; writes sudoku-loss.png and, from weights/, sudoku-recursion.png beside itself.
+Prints the tables as Markdown; writes *-loss.png, countdown-curve.png and, from weights/, sudoku-recursion.png.
 Needs matplotlib, which nothing else does.
 """
 
@@ -35,14 +36,15 @@ def table(title, rows):
         print(f"| {' | '.join(row)} |")
 
 
-def sudoku_runs():
-    rows = [("seed", "parameters", "K x L, d", "steps x batch", "training FLOPs", "minutes", "device", "NELBO, nats")]
-    for head, *_, last in seeds("sudoku-cpu-seed?.jsonl"):
+def runs(name, extra):
+    rows = [("seed", "parameters", "K x L, d", "steps x batch", "training FLOPs", "minutes", "device", *extra)]
+    for head, *_, last in seeds(f"{name}-seed?.jsonl"):
         size = f"{head['layers']} x {head['loops']}, {head['width']}"
-        device = f"{head['device']}, {head['threads']} threads"
+        device = f"{head['device']}, {head['threads']} threads".replace(" 1 threads", " 1 thread")
         work = f"{head['steps']} x {head['batch']}", f"{last['flops']:.2g}", f"{last['seconds'] / 60:.1f}"
-        rows.append((str(head["seed"]), f"{head['parameters']:,}", size, *work, device, f"{last['nelbo']:.2f}"))
-    table("Training runs", rows)
+        ends = [f"{scale * last[key]:.{digits}f}" for key, scale, digits in extra.values()]
+        rows.append((str(head["seed"]), f"{head['parameters']:,}", size, *work, device, *ends))
+    table(f"Training runs, {name}", rows)
 
 
 def sudoku_sets():
@@ -58,6 +60,20 @@ def sudoku_sets():
             name = Path(file).stem + ("" if whole else f", {group}")
             rows.append((name, str(found[0][0]["n"]), *scores, nfe))
         table(f"{title}: exact, %, seeds {' / '.join(str(i) for i in range(len(runs)))}", rows)
+
+
+def countdown_curve():
+    fig, ax = plt.subplots(figsize=(6.4, 3.2))
+    for name, color in (("cpu", "tab:blue"), ("cd3", "tab:orange")):
+        for head, *log in seeds(f"countdown-{name}-seed?.jsonl"):
+            log = [r for r in log if "held-out operands" in r]
+            label = f"{'operands to 30' if name == 'cpu' else 'CD3, operands to 99'}, seed {head['seed']}"
+            style = dict(color=color, lw=1, ls="-" if head["seed"] == 0 else "--", label=label)
+            ax.plot([r["step"] * head["batch"] for r in log], [100 * r["held-out operands"] for r in log], **style)
+    ax.set(xlabel="training examples", ylabel="solved, %, held-out operands", ylim=(0, 100))
+    ax.legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(HERE / "countdown-curve.png", dpi=150)
 
 
 def loss_curve():
@@ -96,7 +112,10 @@ def recursion():
 
 
 if __name__ == "__main__":
-    sudoku_runs()
+    runs("sudoku-cpu", {"NELBO, nats": ("nelbo", 1, 2)})
     sudoku_sets()
+    for name in ("countdown-cpu", "countdown-cd3"):
+        runs(name, {})
     loss_curve()
+    countdown_curve()
     recursion()
