@@ -28,11 +28,12 @@ T denoising steps. x0 (B, N) int64 clean tokens; x_t the same, partly MASK; t (B
 import argparse
 import copy
 import ctypes
+import io
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import signal
 import sys
 import time
@@ -116,6 +117,8 @@ class Config:
             raise BadInput("width, heads, layers and loops are at least 1, and heads divides width")
         if min(self.head_layers, self.tail_layers) < 0:
             raise BadInput("head_layers and tail_layers are at least 0")
+        if not self.coords or min(map(min, self.coords)) < 0:
+            raise BadInput("coords needs a row of integers from 0 for each position")
 
 
 class Layer(nn.Module):
@@ -273,8 +276,9 @@ def loop_weights(supervise, loops):
 
 
 def masked_ce(model, x0, editable, loops, read, generator, mass_t1=0.0):
-    """Mask x0 at random times t (B,), a share mass_t1 of them exactly 1, and take -log p_theta(x0^i | x_t), zero where not masked, after each
-    loop in `read`: (len(read), B, N) nats. Also returns t and the share of masked tokens that the last gets right."""
+    """Mask x0 at random times t (B,), a share mass_t1 of them exactly 1, and take -log p_theta(x0^i | x_t), zero
+    where not masked, after each loop in `read`: (len(read), B, N) nats. Also returns t and the share of masked
+    tokens that the last gets right."""
     t = sample_t(len(x0), generator, x0.device)
     if mass_t1:
         t = torch.where(torch.rand(len(x0), generator=generator, device=x0.device) < mass_t1, 1.0, t)
@@ -508,13 +512,21 @@ def pick_device(name="auto"):
 
 
 def save(path, content):
-    """Write a checkpoint atomically: whole under its name, or not at all."""
-    part = Path(path).with_suffix(".part")
-    with open(part, "wb") as f:
-        torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    """Write a checkpoint (or the text of a log) atomically: whole under its name, or not at all."""
+    part, buffer = Path(f"{path}.part"), io.BytesIO()
+    if isinstance(content, str):
+        buffer.write(content.encode())
+    else:
+        torch.save(content, buffer)
+    try:
+        with open(part, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError:  # no room, say: make some
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_checkpoint(path, task=None):
@@ -530,7 +542,7 @@ def read_checkpoint(path, task=None):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(ckpt, dict) or not {"config", "ema"} <= ckpt.keys():
             raise ValueError
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
+    except Exception as e:  # a stranger's bytes can raise anything in the unpickler
         raise BadInput(f"{path}: not an rmdm checkpoint, or a damaged one ({type(e).__name__})") from e
     if task and ckpt.get("task") != task:
         raise BadInput(f"{path}: made for {ckpt.get('task')}, not for {task}")
@@ -540,11 +552,18 @@ def read_checkpoint(path, task=None):
 def load(path, device="cpu", task=None):
     """A model ready to use, with the averaged weights of a checkpoint file or a run's folder."""
     ckpt = read_checkpoint(path, task)
-    try:
-        model = RMDM(Config(**ckpt["config"]))
-        model.load_state_dict(ckpt["ema"])
-    except (RuntimeError, TypeError, ValueError, AttributeError) as e:
-        raise BadInput(f"{path}: the weights do not fit the configuration ({str(e).splitlines()[0]})") from e
+    try:  # prefixes: what torch.compile(model) and DataParallel put in front of names
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): w for name, w in ckpt["ema"].items()}
+        c = Config(**ckpt["config"])
+        if weights["token.weight"].shape != (c.vocab, c.width):  # told before anything large is allocated
+            raise ValueError("other sizes")
+        if c.head_layers + c.layers + c.tail_layers > len(weights):
+            raise ValueError("more layers")
+        model = RMDM(c)
+        model.load_state_dict(weights)
+    except Exception as e:
+        what = " ".join(str(e).split())[:300]
+        raise BadInput(f"{path}: the weights do not fit the configuration ({what})") from e
     return model.to(device).eval()
 
 
@@ -582,13 +601,13 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
         # drop what was logged after the checkpoint: it comes again
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # none cut short
         lines = [line for line in lines if json.loads(line)["step"] <= start]
-        log.write_text("".join(line + "\n" for line in lines))
+        save(log, "".join(line + "\n" for line in lines))
     else:  # the log says what run it is of
         facts = dict(task=task, parameters=sum(w.numel() for w in model.parameters()), torch=torch.__version__)
         where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
         facts |= dict(device=where, threads=torch.get_num_threads(), **asdict(config), **asdict(model.config))
         facts.pop("coords")  # long, and in the checkpoint
-        log.write_text(json.dumps(dict(step=0) | facts) + "\n")
+        save(log, json.dumps(dict(step=0) | facts) + "\n")
 
     if cuda and config.compile:
         for layer in (*model.head, *model.block, *model.tail):
@@ -600,9 +619,9 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             device=device.type, step=step, seconds=seconds, flops=flops, ema=ema.state_dict(),
         )
         states = dict(optimizers=[o.state_dict() for o in optimizers], rng=generator.get_state())
-        save(out / "checkpoint.pt", slim | states | dict(model=model.state_dict()))
-        if step == config.steps:
+        if step == config.steps:  # first, since with the checkpoint the run counts as finished
             save(out / "model.pt", slim)
+        save(out / "checkpoint.pt", slim | states | dict(model=model.state_dict()))
 
     # Ctrl-C ends the run after the step under way, so that what is saved is one consistent state; a second
     # one ends it at once.
@@ -655,6 +674,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 checkpoint()
             if last and step < config.steps:
                 raise KeyboardInterrupt
+    except OSError as e:
+        raise BadInput(f"cannot write to {out}: {e.strerror}; what was saved there before is whole") from e
     finally:
         bar.close()
         signal.signal(signal.SIGINT, handler)
@@ -673,12 +694,12 @@ def configure(pairs, *configs):
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in names:
-            raise BadInput(f"--set {pair}: no field {name!r}; there are {', '.join(names)}")
+            raise BadInput(f"--set {pair[:80]!r}: no field {name[:80]!r}; there are {', '.join(names)}")
         kind = type(getattr(names[name], name))
         try:
             value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise BadInput(f"--set {pair}: {name} must be of type {kind.__name__}, not {text!r}") from None
+            raise BadInput(f"--set {pair[:80]!r}: {name} must be of type {kind.__name__}") from None
         changes[id(names[name])][name] = value
     return [replace(c, **changes[id(c)]) for c in configs]
 

@@ -1,5 +1,6 @@
 """python -m pytest -q test_rmdm.py    (under two minutes on two cores; no network, no GPU)"""
 
+import contextlib
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -775,11 +777,183 @@ def test_checkpoints_from_strangers(tmp_path):
         rmdm.load(tmp_path / "none.pt")
 
 
+KILLED = """
+import sys, torch, rmdm
+torch.manual_seed(0)
+model = rmdm.RMDM(rmdm.Config(vocab=4, coords=4, width=64, loops=2))
+def batch(n, g):
+    x0 = torch.randint(1, 4, (n, 1), generator=g).expand(n, 4).contiguous()
+    return x0, torch.ones_like(x0, dtype=torch.bool)
+config = rmdm.TrainConfig(steps=400, batch=4, save_every=1, eval_every=50)
+resume = rmdm.read_checkpoint(sys.argv[1]) if len(sys.argv) > 2 else None
+rmdm.train(model, config, batch, lambda m: {}, sys.argv[1], resume=resume)
+"""
+
+
+def test_a_training_killed_five_times_ends_as_if_never_killed(tmp_path, monkeypatch):
+    """kill -9 at random moments; with save_every=1 most of them fall into the writing of a checkpoint."""
+
+    def start(*argv):
+        return subprocess.Popen([sys.executable, "-c", KILLED, *argv], cwd=HERE, stderr=subprocess.DEVNULL)
+
+    pause, steps = np.random.default_rng(0), [0]
+    for _ in range(5):
+        cut = start(str(tmp_path / "cut"), *["resume"] * (steps[-1] > 0))
+        path, deadline = tmp_path / "cut" / "checkpoint.pt", time.monotonic() + 60
+        while time.monotonic() < deadline and cut.poll() is None:
+            if path.exists() and rmdm.read_checkpoint(path)["step"] > steps[-1]:  # whole at every moment
+                break
+        time.sleep(pause.random() * 0.1)
+        cut.kill()
+        assert cut.wait() == -signal.SIGKILL  # it was still running
+        steps.append(rmdm.read_checkpoint(path)["step"])
+    assert start(str(tmp_path / "cut"), "resume").wait(60) == 0
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "whole")])
+    exec(KILLED, {})
+    assert steps == sorted(set(steps)) and steps[-1] < 400
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
+    assert a["step"] == b["step"] == 400 and torch.equal(a["rng"], b["rng"])
+    for part in ("model", "ema"):
+        assert all(torch.equal(w, b[part][name]) for name, w in a[part].items())
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    first, second = ([(json.loads(line)["step"], json.loads(line).get("loss")) for line in log] for log in logs)
+    assert [step for step, _ in second if step % 50 == 0] == [step for step, _ in first if step % 50 == 0]
+    rmdm.load(tmp_path / "cut" / "model.pt")
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
+    config = TrainConfig(steps=20, batch=4, save_every=5)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def batch(n, g):
+        if (tmp_path / "checkpoint.pt").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        return toy_batch(n, g)
+
+    try:
+        with pytest.raises(BadInput, match="cannot write to .*; what was saved there before is whole"):
+            rmdm.train(toy_model(), config, batch, lambda m: {}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert rmdm.read_checkpoint(tmp_path)["step"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    for name in ("a", "b"):
+        rmdm.train(toy_model(), TrainConfig(steps=30, batch=4), toy_batch, lambda m: {}, tmp_path / name)
+    a, b = (rmdm.read_checkpoint(tmp_path / name) for name in ("a", "b"))
+    assert all(torch.equal(w, b["model"][name]) for name, w in a["model"].items())
+
+
+def test_prefixes_of_wrapped_models_load(tmp_path):
+    rmdm.train(toy_model(), TrainConfig(steps=2, batch=4), toy_batch, lambda m: {}, tmp_path)
+    ckpt = rmdm.read_checkpoint(tmp_path)
+    plain = rmdm.load(tmp_path).state_dict()
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
+        rmdm.save(tmp_path / "x.pt", ckpt | {"ema": {prefix + name: w for name, w in ckpt["ema"].items()}})
+        assert all(torch.equal(w, plain[name]) for name, w in rmdm.load(tmp_path / "x.pt").state_dict().items())
+    missing = {name: w for name, w in ckpt["ema"].items() if name != "unembed.weight"}
+    longer = ckpt["ema"] | {"unembed.weight": torch.ones(9, 16)}
+    for wrong, says in [
+        ({"ema": missing}, "unembed.weight"),
+        ({"ema": longer}, "size mismatch for unembed"),
+        ({"ema": {"token.weight": 3}}, ""),
+        ({"config": ckpt["config"] | {"width": 2**40}}, "other sizes"),
+        ({"config": ckpt["config"] | {"layers": 2**40}}, "more layers"),
+        ({"config": ckpt["config"] | {"depth": 3}}, "depth"),
+    ]:
+        rmdm.save(tmp_path / "x.pt", ckpt | wrong)
+        with pytest.raises(BadInput, match=f"do not fit the configuration .*{says}"):
+            rmdm.load(tmp_path / "x.pt")
+
+
 def run(capsys, monkeypatch, module, *argv):
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
         rmdm.cli(module.main)
     return stop.value.code or 0, *capsys.readouterr()
+
+
+FUZZ = int(os.environ.get("FUZZ", 150))  # inputs to each parser; the long run: FUZZ=10000 pytest -k hostile
+EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+ROW = '{"input": "87,29,32,96", "output": "87/29=3,32*3=96"}\n'
+ODD = [*"0123456789.,-+*/=_{}[]|#\x00\r\n\t \"'%", "\ufeff", "\u0663", "\uff11", "\ud800", "null", "-1", "1e9"]
+ODD += ["9" * 400, "[" * 3000]
+
+
+def spoil(data, random):
+    """A copy of a str or bytes with one to three random edits: cut, repeat, replace, insert."""
+    for _ in range(random.integers(1, 4)):
+        i, j = sorted(random.integers(0, len(data) + 1, 2))
+        j = min(j, i + 2) if random.random() < 0.7 else j
+        new = ODD[random.integers(len(ODD))]
+        new = new.encode("utf-8", "surrogatepass") if isinstance(data, bytes) else new
+        data = data[:i] + (data[i:j] * 2 if random.random() < 0.2 else new * (random.random() < 0.8)) + data[j:]
+    return data
+
+
+def hostile_files(tmp_path, puzzles):
+    """name -> (the bytes of a good file, what reads it)"""
+    rmdm.train(toy_model(), TrainConfig(steps=1, batch=4), toy_batch, lambda m: {}, tmp_path)
+    text = ["".join(map(str, row)) for part in puzzles for row in part[:2]]
+    np.save(tmp_path / "shah.npy", np.zeros((2, 325), np.int64))
+    return {
+        "x.csv": (f"id,question,answer\n1,{text[0]},{text[2]}\n2,{text[1]},{text[3]}\n".encode(), sudoku.read_file),
+        "x.txt": (f"# two\n{EASY}\n{text[0]}\n".encode(), sudoku.read_file),
+        "x.npy": ((tmp_path / "shah.npy").read_bytes(), sudoku.read_file),
+        "x.jsonl": (ROW.encode() * 3, countdown.read_file),
+        "x.pt": ((tmp_path / "model.pt").read_bytes(), lambda path: [rmdm.load(path)]),
+    }
+
+
+def test_hostile_files_are_read_or_refused_in_one_line(tmp_path, puzzles):
+    random, refused = np.random.default_rng(0), 0
+    for name, (good, read) in hostile_files(tmp_path, puzzles).items():
+        for _ in range(FUZZ):
+            (tmp_path / name).write_bytes(spoil(good, random))
+            try:
+                list(read(tmp_path / name))
+            except BadInput as e:
+                refused += 1
+                assert "\n" not in str(e) and len(str(e)) < 1000
+    assert FUZZ < refused < 5 * FUZZ
+
+
+def test_hostile_texts_are_read_or_refused_in_one_line():
+    random, truth = np.random.default_rng(0), set(every_solution((87, 29, 32))[96])
+    right = sorted(truth)
+    configs = rmdm.Config(4, 3), TrainConfig()
+    for _ in range(FUZZ):
+        for parse, good in ((sudoku.parse, EASY), (countdown.parse, "87,29,32,96"), (float, "")):
+            try:
+                found = parse(spoil(good, random))
+            except BadInput as e:
+                assert len(str(e)) < 300 and "\n" not in str(e)
+            except ValueError:
+                assert parse is float
+            else:
+                assert parse is not sudoku.parse or sudoku.conflict(found) is None and len(found) == 81
+        answer = spoil(right[random.integers(len(right))], random)
+        assert (countdown.check([87, 29, 32, 96], answer) is None) == (answer in truth), answer
+        pair = spoil(["steps=30", "lr=0.1", "supervise=all", "inject=true", "width=64"][random.integers(5)], random)
+        with contextlib.suppress(BadInput):
+            rmdm.configure([pair], *configs)
+
+
+def test_hostile_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    options = "steps loops order threshold temperature seed data by set out json sweep device checkpoint preset resume"
+    options = [f"--{name}" for name in f"{options} top numbers problems puzzles".split()]
+    values = "3 -1 nan inf 1e400 none.csv cpu x=y steps=0 lr=nan batch=-1 loops=2.5 width=7".split() + [""]
+    for _ in range(FUZZ):
+        argv = [str(random.choice(options if random.random() < 0.5 else values)) for _ in range(random.integers(1, 5))]
+        for module in (sample, countdown, sudoku):
+            task = ["sudoku", "1" * 81] if module is sample else ["--data", "none.csv"]  # an error at the latest here
+            code, _, err = run(capsys, monkeypatch, module, *argv, *task)
+            assert code == 2 and "Traceback" not in err and err.count("\n") == 1, (module, argv, err)
 
 
 def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
@@ -878,7 +1052,7 @@ def test_the_countdown_commands_end_to_end(tmp_path, monkeypatch, capsys):
     train = lambda *argv: run(capsys, monkeypatch, countdown, *argv)  # noqa: E731
     use = lambda *argv: run(capsys, monkeypatch, sample, "countdown", "--checkpoint", "runs/countdown", *argv)  # noqa: E731
     code, out, _ = train("--problems", 1000, "--device", "cpu", "--set", *small)
-    assert code == 0 and "easier" in out and "held-out operands, 8 problems" in out and "held-out targets" in out
+    assert code == 0 and "CD3" in out and "held-out operands, 8 problems" in out and "held-out targets" in out
     code, out, _ = use(re.search(r"sample.py countdown --checkpoint \S+ (\S+)", out)[1], "--show", "--steps", "2")
     assert code == 1 and "not solved: " in out and "step 2 of 2, 2 loops" in out and "loop 2: " in out
     rows = [{"input": "20,4,7,87", "output": "20*4=80,7+80=87"}, {"input": "7,8,9", "output": "24"}]

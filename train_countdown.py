@@ -1,9 +1,9 @@
 """Countdown with recursive masked diffusion: rules, problems, evaluation, training.
 
     python train_countdown.py                             # picks device and preset, trains, evaluates
-    python train_countdown.py --preset cpu --device cpu   # ten minutes on two CPU cores: operands to 30
-    python train_countdown.py --preset gpu                # the published task with four operands
-    python train_countdown.py --preset gpu --numbers 3    # with three, or five
+    python train_countdown.py --preset cpu --device cpu   # ten minutes on two CPU cores: three operands
+    python train_countdown.py --preset gpu                # four operands
+    python train_countdown.py --preset gpu --numbers 5    # five, or three
     python train_countdown.py --resume runs/countdown     # goes on where an interrupted run stopped
     python train_countdown.py --data cd4_train.jsonl      # trains on a published file, not generated problems
 
@@ -47,7 +47,7 @@ def parse(text):
         raise BadInput(f"expected 3 to 5 operands and the target, as in 86,28,13,31,96, not {text[:40]!r}")
     *numbers, target = problem = [int(x) for x in text.split(",")]
     if not all(1 <= x <= TOP for x in numbers) or not LOW <= target <= HIGH:
-        raise BadInput(f"operands are from 1 to {TOP}, the target from {LOW} to {HIGH}, not {text.strip()}")
+        raise BadInput(f"operands are from 1 to {TOP}, the target from {LOW} to {HIGH}, not as in {problem}")
     return np.array(problem)
 
 
@@ -323,8 +323,10 @@ def start(model, problems, device="cpu"):
     """Problems (P, n+1) -> tokens (P, N) int64, the answer MASKed, and `editable` (P, N). Raises BadInput if
     the model is for another number of operands."""
     n, N = problems.shape[1] - 1, len(model.config.coords)
-    if n != OPERANDS.get(N):
-        raise BadInput(f"the model is for {OPERANDS.get(N, 'no such')} operands, not {n}")
+    if N not in OPERANDS or model.config.vocab != len(CHARS):
+        raise BadInput("the model is not one for Countdown")
+    if n != OPERANDS[N]:
+        raise BadInput(f"the model is for {OPERANDS[N]} operands, not {n}")
     x = encode(problems, np.zeros((len(problems), n - 1, 4), int))
     answer = torch.from_numpy(editable(N)).expand(*x.shape).to(device)
     return torch.from_numpy(x).long().to(device).masked_fill(answer, MASK), answer
@@ -358,22 +360,20 @@ def presets(args):
         if args.numbers not in (None, n):
             raise BadInput(f"{args.data}: has problems with {n} operands, not {args.numbers}")
         args.numbers = n
-    cpu = args.preset == "cpu"
-    args.numbers = args.numbers or (3 if cpu else 4)
-    args.top = args.top or (30 if cpu else TOP)
+    args.numbers = args.numbers or {"cpu": 3, "gpu": 4}[args.preset]
     if not 4 <= args.top <= TOP:
         raise BadInput(f"--top is from 4 to {TOP}, not {args.top}")
     return {
         "cpu": (
             rmdm.Config(len(CHARS), COORDS[args.numbers], width=128, heads=4, layers=1, loops=4, inject=True),
             rmdm.TrainConfig(steps=7300, batch=64),
-            "about ten minutes on two CPU cores for three operands to 30, an easier task than the published one "
-            "(four, or three to five, operands to 99)",
+            "about ten minutes on two CPU cores for three operands (CD3, the smallest of the published tasks; most "
+            "published numbers are for four, CD4)",
         ),
         "gpu": (
             rmdm.Config(len(CHARS), COORDS[args.numbers], width=384, heads=6, layers=4, loops=4, inject=True),
             rmdm.TrainConfig(steps=10_000, batch=1024, lr=0.01, lr_rest=2e-3, warmup=500),
-            "the published task, meant for ten minutes of one modern GPU (not measured on one yet)",
+            "meant for ten minutes of one modern GPU with four operands (not measured on one yet)",
         ),
     }
 
@@ -417,7 +417,7 @@ def prepare(args, device):
 def main():
     options = {
         "--numbers": dict(type=int, choices=(3, 4, 5), help="operands; default: 3 for the cpu preset, else 4"),
-        "--top": dict(type=int, help=f"largest operand; default: 30 for the cpu preset, else {TOP}, as published"),
+        "--top": dict(type=int, default=TOP, help="largest operand (default: %(default)s, as published)"),
         "--problems": dict(type=int, default=500_000, help="how many to generate (default: %(default)s)"),
         "--data": dict(metavar="FILE", help="train on a published jsonl file, some of it held out"),
     }

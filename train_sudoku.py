@@ -233,7 +233,7 @@ def read_file(path, at_a_time=None, label=None):
 def _read_npy(path):
     try:
         data = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as e:
+    except Exception as e:  # a stranger's bytes can raise anything
         raise BadInput(f"{path}: not an .npy file, or a damaged one") from e
     if not isinstance(data, np.ndarray):
         raise BadInput(f"{path}: an archive, not one array")
@@ -256,9 +256,14 @@ def _read_text(path, label):
     is_board = re.compile(r"[0-9._*]{81}").fullmatch
     columns = header = None
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
-        reader = csv.reader(line for line in f if not line.startswith("#"))
-        for line in reader:
-            line = [field.strip() for field in line]
+        reader = csv.reader("\n" if line.startswith("#") else line for line in f)  # so that lines are counted
+        while True:
+            try:
+                line = [field.strip() for field in next(reader)]
+            except StopIteration:
+                return
+            except csv.Error as e:
+                raise BadInput(f"{path}, line {reader.line_num}: {e}") from None
             if not any(line):
                 continue
             n = reader.line_num
@@ -329,6 +334,8 @@ def batches(puzzles, solutions, device):
 
 def start(model, puzzles, device="cpu"):
     """Puzzles (n, 81) -> tokens (n, 81) int64 and `editable`, True = blank."""
+    if (model.config.vocab, len(model.config.coords)) != (10, 81):
+        raise BadInput("the model is not one for Sudoku")
     x = torch.from_numpy(puzzles).long().to(device)
     return x, x == MASK
 

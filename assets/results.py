@@ -1,8 +1,7 @@
 """Make the README's tables and figures from the logs in this folder:  python assets/results.py
 
-    sudoku-cpu-seed*.jsonl        log.jsonl of `python train_sudoku.py --seed ...`
-    sudoku-cpu-seed*-eval.jsonl   `python sample.py sudoku --data ... --steps 1,5,20,81 --by level --json`
-    countdown-{cpu,cd3}-seed*.jsonl, -eval.jsonl   the same of Countdown
+    NAME-seed*.jsonl        log.jsonl of a training run; NAME is sudoku-cpu, countdown-cpu, -long or -top30
+    NAME-seed*-eval.jsonl   what `python sample.py ... --data ... --json` printed for it
 
 Prints the tables as Markdown; writes *-loss.png, countdown-curve.png and, from weights/, sudoku-recursion.png.
 Needs matplotlib, which nothing else does.
@@ -47,28 +46,28 @@ def runs(name, extra):
     table(f"Training runs, {name}", rows)
 
 
-def sudoku_sets():
-    runs = seeds("sudoku-cpu-seed*-eval.jsonl")
+def sets(name, score):
+    runs = seeds(f"{name}-seed*-eval.jsonl")
     steps = sorted({row["steps"] for row in runs[0]})
     keys = dict.fromkeys((row["file"], row["group"]) for row in runs[0])
-    for title, whole in (("By set", True), ("By level", False)):
+    for whole in (True, False) if any(group != "all" for _, group in keys) else (True,):
         rows = [("file", "n", *(f"T={T}" for T in steps), "NFE at each T")]
         for file, group in (key for key in keys if (key[1] == "all") == whole):
             found = [[r for r in run if (r["file"], r["group"]) == (file, group)] for run in runs]
-            scores = (" / ".join(f"{100 * r['exact']:.1f}" for r in at_T) for at_T in zip(*found))
+            scores = (" / ".join(f"{100 * r[score]:.1f}" for r in at_T) for at_T in zip(*found))
             nfe = ", ".join(f"{r['nfe']:.0f}" for r in found[0])
-            name = Path(file).stem + ("" if whole else f", {group}")
-            rows.append((name, str(found[0][0]["n"]), *scores, nfe))
-        table(f"{title}: exact, %, seeds {' / '.join(str(i) for i in range(len(runs)))}", rows)
+            row = Path(file).stem + ("" if whole else f", {group}")
+            rows.append((row, str(found[0][0]["n"]), *scores, nfe))
+        table(f"{name}: {score}, %, seeds {' / '.join(str(i) for i in range(len(runs)))}", rows)
 
 
 def countdown_curve():
     fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    for name, color in (("cpu", "tab:blue"), ("cd3", "tab:orange")):
+    lines = ("cpu", "tab:blue", "7,300 steps"), ("long", "tab:orange", "20,000 steps"), ("top30", "gray", "to 30")
+    for name, color, label in lines:
         for head, *log in seeds(f"countdown-{name}-seed?.jsonl"):
             log = [r for r in log if "held-out operands" in r]
-            label = f"{'operands to 30' if name == 'cpu' else 'CD3, operands to 99'}, seed {head['seed']}"
-            style = dict(color=color, lw=1, ls="-" if head["seed"] == 0 else "--", label=label)
+            style = dict(color=color, ls=("-", "--")[head["seed"]], label=f"{label}, seed {head['seed']}", lw=1)
             ax.plot([r["step"] * head["batch"] for r in log], [100 * r["held-out operands"] for r in log], **style)
     ax.set(xlabel="training examples", ylabel="solved, %, held-out operands", ylim=(0, 100))
     ax.legend(frameon=False)
@@ -113,9 +112,11 @@ def recursion():
 
 if __name__ == "__main__":
     runs("sudoku-cpu", {"NELBO, nats": ("nelbo", 1, 2)})
-    sudoku_sets()
-    for name in ("countdown-cpu", "countdown-cd3"):
+    sets("sudoku-cpu", "exact")
+    for name in ("countdown-cpu", "countdown-long", "countdown-top30"):
         runs(name, {})
+    sets("countdown-cpu", "solved")
+    sets("countdown-long", "solved")
     loss_curve()
     countdown_curve()
     recursion()
