@@ -450,7 +450,7 @@ class TrainConfig:
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
     supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
-    mass_t1: float = 0.0  # share of examples at t = 1, all MASK: helps Countdown, did nothing for Sudoku
+    mass_t1: float = 0.0  # share of examples at t = 1, all MASK: no gain seen yet, see the README
     loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
@@ -461,8 +461,10 @@ class TrainConfig:
         loop_weights(self.supervise, 1)  # raises BadInput
         if self.objective not in ("simple", "elbo"):
             raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
-        if self.loops_min < 0 or not 0 <= self.mass_t1 <= 1:
-            raise BadInput("loops_min is at least 0, mass_t1 from 0 to 1")
+        if self.loops_min < 0 or not 0 <= self.mass_t1 <= 1 or not 0 <= self.ema < 1:
+            raise BadInput("loops_min is at least 0, mass_t1 from 0 to 1, ema from 0 to below 1")
+        if not (min(self.lr, self.lr_rest, self.clip) > 0 and self.weight_decay >= 0):  # false for nan, too
+            raise BadInput("lr, lr_rest and clip are above 0, weight_decay at least 0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
 
@@ -668,14 +670,17 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 if evaluating or step == config.steps:
                     entry |= evaluate(ema.eval())
                 seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
-                with open(log, "a") as f:
-                    f.write(json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops)) + "\n")
-            if last or saving:
-                checkpoint()
+                line = json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops)) + "\n"
+            try:
+                if last or evaluating or saving or step % 25 == 0:
+                    with open(log, "a") as f:
+                        f.write(line)
+                if last or saving:
+                    checkpoint()
+            except OSError as e:
+                raise BadInput(f"cannot write to {out}: {e.strerror}; what was saved there before is whole") from e
             if last and step < config.steps:
                 raise KeyboardInterrupt
-    except OSError as e:
-        raise BadInput(f"cannot write to {out}: {e.strerror}; what was saved there before is whole") from e
     finally:
         bar.close()
         signal.signal(signal.SIGINT, handler)
@@ -715,6 +720,18 @@ def command_line(doc):
     return parser
 
 
+def whole(low, high):
+    """For argparse: an integer from low to high."""
+
+    def parse(text):
+        if not low <= (value := int(text)) <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"integer from {low} to {high}"
+    return parse
+
+
 def grid(score, loops, steps):
     """Print score(L, T), a share, in percent: a row for each L, a column for each T."""
     print("        " + "".join(f"{f'T={T}':>8}" for T in steps))
@@ -730,12 +747,13 @@ def launch(task, doc, presets, prepare, options):
     options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
     parser = command_line(doc)
     add = parser.add_argument
-    add("--preset", choices=("cpu", "gpu"), help="size of model and run; default: gpu on a GPU, else cpu")
+    add("--preset", choices=("cpu", "gpu"), help="size of model and run; default: gpu on CUDA, else cpu")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first there is")
     add("--out", metavar="RUN", default=f"runs/{task}", help="folder for the run (default: %(default)s)")
     add("--resume", metavar="RUN", help="go on with an interrupted run, with the settings it was started with")
-    add("--seed", type=int, default=0, help="of data, initialization and training (default: 0)")
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of rmdm.Config and rmdm.TrainConfig")
+    add("--seed", type=whole(0, 2**32), default=0, help="of data, initialization and training (default: 0)")
+    what = "fields of rmdm.Config and rmdm.TrainConfig"
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=what)
     for flag, how in options.items():
         add(flag, **how)
     args = parser.parse_args()
@@ -752,8 +770,6 @@ def launch(task, doc, presets, prepare, options):
             raise BadInput(f"{out}: begun on {ckpt['device']}, cannot go on elsewhere")
         args = argparse.Namespace(**ckpt["args"] | {"out": str(out), "device": ckpt["device"]})
         config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
-        if ckpt["step"] == training.steps:
-            raise BadInput(f"{out}: this run is finished")
     device = pick_device(args.device)
     if ckpt is None:
         out = Path(args.out)
@@ -765,13 +781,16 @@ def launch(task, doc, presets, prepare, options):
         training = replace(training, seed=args.seed)
         print(f"preset {args.preset}: {about}; the bar shows the time left on this machine")
     torch.manual_seed(args.seed)
-    model = RMDM(config).to(device)
+    try:
+        model = RMDM(config).to(device)
+    except RuntimeError as e:
+        raise BadInput(f"no room for this model: {str(e).splitlines()[0]}") from e
     size = f"{sum(w.numel() for w in model.parameters()):,} parameters, d={config.width}"
     print(f"{task} on {device}: K={config.layers} layers x L={config.loops} loops, {size}")
     print(f"training: {training.steps} steps of {training.batch}, from step {ckpt['step'] if ckpt else 0}, into {out}")
     batch, evaluate, report = prepare(args, device)
     try:
-        model = train(model, training, batch, evaluate, out, task, vars(args), ckpt)
+        model = train(model, training, batch, evaluate, out, task, vars(args), ckpt)  # nothing to do if finished
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         print(f"trained {last['step']} steps in {last['seconds']:.0f} s, {last['flops']:.3g} floating-point operations")
         report(model)
@@ -781,8 +800,13 @@ def launch(task, doc, presets, prepare, options):
 
 def cli(main):
     """Run a script's main(): bad input is one line and exit code 2, Ctrl-C one line and 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name in a file may not be printable
     try:
         sys.exit(main())
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (BadInput, OSError) as e:
         sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
     except KeyboardInterrupt as e:

@@ -28,7 +28,7 @@ import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput
 
-# What a task brings: CHARS, LINE, parse, read_file, start, evaluate, judge, place and draw.
+# What a task brings: CHARS, LINE, SCORE, parse, read_file, start, evaluate, judge, place and draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = Path(__file__).parent / "weights"  # TASK-small.pt
 EPS = 0.1  # change of h below which `--loops adaptive` stops, eq. (7): saves little as yet, see the README
@@ -50,12 +50,13 @@ def sure_color(p):
 def read(task, arguments):
     """The problems named on the command line, in a file, or on standard input: an array, one a row."""
     text, where = " ".join(arguments), ""
-    if not arguments or text == "-":
-        text, where = sys.stdin.read(), "standard input"
+    if not text or text == "-":
+        text, where = None, "standard input"
     elif Path(text[:255]).is_file() or len(text) != 81 and re.search(r"[A-Za-z/\\]", text):
         where = text
+    if where:
         try:
-            text = Path(text).read_text(encoding="utf-8-sig")
+            text = (Path(text).read_bytes() if text else sys.stdin.buffer.read()).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as e:
             raise BadInput(f"{where}: {getattr(e, 'strerror', None) or 'not a text file'}") from e
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
@@ -82,14 +83,14 @@ def show_loops(task, model, x, editable, loops):
         everything_masked = torch.ones(1, device=x.device)  # t = 1
         p = model(x[None], everything_masked, loops, range(1, loops + 1))[:, 0].softmax(-1).cpu()  # (L, N, V)
     (sure, token), x, editable = p.max(-1), x.tolist(), editable.cpu()
-    print("the first step, read off after each loop (blank where nothing reaches 50%):\n")
+    print(f"the first step, read off after each loop ({task.CHARS[MASK]} where nothing reaches 50%):\n")
     blocks = []
     for l in range(loops):
         cells = [task.CHARS[given] if given else task.CHARS[MASK] for given in x]
         for i in editable.nonzero()[:, 0].tolist():
             if sure[l, i] >= 0.5:
                 cells[i] = paint(task.CHARS[token[l, i]], sure_color(sure[l, i]))
-        title = f"loop {l + 1}: {int((sure[l, editable] >= 0.9).sum())}/{int(editable.sum())} over 90%"
+        title = f"loop {l + 1}: {int((sure[l, editable] >= 0.9).sum())}/{int(editable.sum())} > 90%"
         blocks.append([title.ljust(21), *task.draw(cells)])
     across = 3 if len(blocks[0]) > 2 else 1  # grids side by side, lines one below the other
     for i in range(0, loops, across):
@@ -148,24 +149,21 @@ def solve(task, model, problems, show, **how):
 
 def measure(task, model, path, by, **how):
     """Scores over a file, in constant memory: {group: scores} for each value of column `by`, then "all"."""
-    totals, sums = {}, ("n", "seconds")
+    totals = {}
     with tqdm(desc=f"{path}, T={how['steps']}", unit=" problems", dynamic_ncols=True, leave=False) as bar:
         for problems, solutions, labels in task.read_file(path, 1000, by):
             for label in dict.fromkeys(labels):
                 some = np.array(labels) == label
                 score = task.evaluate(model, problems[some], solutions[some], **how)
-                for group in {label, "all"} if by else {"all"}:
-                    total = totals.setdefault(group, dict.fromkeys(score, 0))
-                    for key in score:
-                        total[key] += score[key] * (1 if key in sums else score["n"])
+                for group in (label if label != "all" else f"{by}=all", "all") if by else ("all",):
+                    old = totals.get(group, dict.fromkeys(score, 0))
+                    n = old["n"] + score["n"]
+                    totals[group] = {key: (old["n"] * old[key] + score["n"] * score[key]) / n for key in score}
+                    totals[group] |= dict(n=n, seconds=old["seconds"] + score["seconds"])
                 bar.update(score["n"])
     if not totals:
         raise BadInput(f"{path}: no problem in it")
-    totals["all"] = totals.pop("all")  # last
-    return {
-        group: {key: total[key] / (1 if key in sums else total["n"]) for key in total}
-        for group, total in totals.items()
-    }
+    return totals | {"all": totals.pop("all")}  # last
 
 
 def report(path, group, T, score, as_json):
@@ -179,14 +177,13 @@ def report(path, group, T, score, as_json):
     print("  ".join([path, group, f"T={T}", f"n={score['n']}", *shares, *cost]), flush=True)
 
 
-def number(kind, low, high=float("inf")):
+def real(low, high):
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= (value := float(text)) <= high:
             raise ValueError
         return value
 
-    parse.__name__ = f"{kind.__name__} from {low}" + (f" to {high}" if high < float("inf") else "")  # for argparse
+    parse.__name__ = f"number from {low} to {high}"  # for argparse
     return parse
 
 
@@ -200,24 +197,26 @@ def main():
     add("--steps", metavar="T,...", help="denoising steps; default: as many as there are positions")
     add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
     add("--order", choices=rmdm.ORDERS, default="confidence")
-    add("--threshold", type=number(float, 0, 1), help="at each step reveal all that is at least this sure")
-    add("--temperature", type=number(float, 0, 100), help="of the tokens drawn; default: 1 if ancestral, else 0")
-    add("--seed", type=int, default=0, help="for orders and temperatures that draw")
-    add("--data", metavar="FILE", nargs="+", help="measure on these files instead")
+    add("--threshold", type=real(0, 1), help="at each step reveal all that is at least this sure")
+    add("--temperature", type=real(0, 100), help="of the tokens drawn; default: 1 if ancestral, else 0")
+    add("--seed", type=rmdm.whole(0, 2**32), default=0, help="for orders and temperatures that draw")
+    add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
     add("--json", action="store_true", help="with --data: one JSON object a line")
     add("--sweep", action="store_true", help="with --data: a table by loops and steps")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     args = parser.parse_intermixed_args()
     adaptive = args.loops == "adaptive"
-    if not (args.loops is None or adaptive or args.loops.isdecimal() and 1 <= int(args.loops) <= 1000):
-        raise BadInput(f"--loops is a number from 1 to 1000 or `adaptive`, not {args.loops!r}")
+    if not (args.loops is None or adaptive or re.fullmatch("0*[1-9][0-9]{0,2}", args.loops)):
+        raise BadInput(f"--loops is a number from 1 to 999 or `adaptive`, not {args.loops!r}")
     if args.data and (args.problem or args.show) or not args.data and (args.by or args.json or args.sweep):
         raise BadInput("--data takes no problem and no --show; --by, --json and --sweep need --data")
     if args.sweep and (args.by or args.json or args.loops or args.steps):
         raise BadInput("--sweep prints its own table: it takes no --by, --json, --loops or --steps")
-    if args.steps and not all(T.isdecimal() and 0 < int(T) < 10**6 for T in args.steps.split(",")):
-        raise BadInput(f"--steps is a number from 1, or several with commas, not {args.steps!r}")
+    if args.steps and not re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", args.steps):
+        raise BadInput(f"--steps is a number from 1, or several with commas, not {args.steps[:40]!r}")
+    if not args.data and "," in (args.steps or ""):
+        raise BadInput("several --steps need --data")
     device, task = rmdm.pick_device(args.device), TASKS[args.task]
     model = rmdm.load(args.checkpoint or WEIGHTS / f"{args.task}-small.pt", device, args.task)
     L, N = model.config.loops, len(model.config.coords)
@@ -236,9 +235,9 @@ def main():
         if args.sweep:
             def first(L, T):
                 score = measure(task, model, path, None, **how | {"steps": T, "loops": L})["all"]
-                return list(score.values())[1]  # exact or solved
+                return score[task.SCORE]
 
-            print(f"solved, %, on {path}, order {args.order}")
+            print(f"{task.SCORE}, %, on {path}, order {args.order}")
             rmdm.grid(first, sorted({max(1, L // 4), max(1, L // 2), L, L * 3 // 2, L * 2}), (1, 5, 20, N))
             continue
         for T in steps:

@@ -982,14 +982,20 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     model = ("--checkpoint", "runs/sudoku")
     code, out, _ = run_sample("sudoku", *model, "--data", "p.csv", "--steps", "1,2", "--by", "level", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [r["steps"] for r in rows] == [1, 1, 1, 2, 2, 2]
+    assert code == 0 and [r["steps"] for r in rows] == [1, 1, 1, 2, 2, 2] and isinstance(rows[0]["n"], int)
     assert [(r["group"], r["n"]) for r in rows[:3]] == [("0", 3), ("1", 3), ("all", 6)]
     assert rows[0]["nfe"] == rows[0]["layer_passes"] == 2 and 0 < rows[2]["cell"] < 1
+    code, again, _ = run_sudoku("--resume", "runs/sudoku")  # a finished run reports once more
+    assert code == 0 and len(calls) == 3 and command in again
     kept = Path("runs/sudoku/checkpoint.pt").read_bytes()
     monkeypatch.setattr(sudoku, "HELD_OUT", 6)  # as many as p.csv has
     for argv, says in [
         ([], "already holds a run"),
-        (["--resume", "runs/sudoku"], "finished"),
+        (["--seed", "-1"], "argument --seed"),
+        (["--seed", "9" * 5000], "argument --seed"),
+        (["--out", "b", "--puzzles", "8", "--set", "steps=1", "--set", "width=1000000000"], "no room for this model"),
+        (["--out", "b", "--set", "ema=1"], "ema from 0 to below 1"),
+        (["--out", "b", "--set", "lr=nan"], "lr, lr_rest and clip are above 0"),
         (["--resume", "nowhere"], "no such file"),
         (["--resume", "runs/sudoku/model.pt"], "weights only"),
         (["--resume", "runs/sudoku", "--set", "steps=9"], "leave out --set"),
@@ -1008,7 +1014,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     code, out, _ = run_sample("sudoku", "many.txt", "--checkpoint", "runs/sudoku", "--show", "--steps", "2")
     assert "of 2 right" in out and "loop 2: " in out and "step 2 of 2, 2 loops" in out and "\033" not in out
     drawn = "\n".join(sudoku.draw([sudoku.CHARS[d] for d in puzzles[1][0]]))  # nothing left to fill in
-    monkeypatch.setattr("sys.stdin", io.StringIO(drawn))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(("\ufeff" + drawn).encode())))
     code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku")
     assert code == 0 and "right, checked by the rules (0 steps, 0 loops)" in out
     code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku", "--data", "p.csv", "--sweep")
@@ -1024,13 +1030,15 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["sudoku", "short.txt"], "short.txt, line 2: a puzzle has 81 cells, this one 82"),
         (["sudoku", "noise.bin"], "not a text file"),
         (["sudoku", "many.txt", "--steps", "0"], "--steps is a number from 1"),
-        (["sudoku", "many.txt", "--loops", "few"], "--loops is a number from 1 to 1000 or `adaptive`"),
+        (["sudoku", "many.txt", "--loops", "few"], "--loops is a number from 1 to 999 or `adaptive`"),
         (["sudoku", "many.txt", "--threshold", "2"], "argument --threshold"),
         (["sudoku", "many.txt", "--order", "best"], "argument --order"),
         (["sudoku", "many.txt", "--order", "ancestral", "--threshold", "0.9"], "threshold needs an order"),
         (["chess"], "argument task"),
         (["sudoku", "nosuch"], "nosuch: No such file"),
         (["sudoku", "many.txt", "--json"], "need --data"),
+        (["sudoku", "many.txt", "--steps", "1,5"], "several --steps need --data"),
+        (["sudoku", "many.txt", "--loops", "9" * 5000], "--loops is a number"),
         (["sudoku", "--data", "p.csv", "--sweep", "--json"], "its own table"),
         (["sudoku", "x" + "." * 80], "'x' at cell 1"),
         (["sudoku", "--data", "nothing.csv"], "no such file"),
@@ -1065,6 +1073,8 @@ def test_the_countdown_commands_end_to_end(tmp_path, monkeypatch, capsys):
     assert code == 0 and re.findall(r"L=(\d+)", out) == ["1", "2", "3", "4"]
     rows = [dict(rows[0], input=f"20,4,7,{t}", output=f"{t}") for t in range(10, 90)]
     Path("no.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    held = json.dumps({"input": "20,4,16,96", "output": "20*4=80,80+16=96"})  # 96 is a held-out target
+    Path("held.jsonl").write_text("\n".join([held] * 200))
     for argv, says in [
         (["--out", "b", "--top", "100"], "--top is from 4 to 99"),
         (["--out", "b", "--numbers", "6"], "argument --numbers"),
@@ -1072,6 +1082,7 @@ def test_the_countdown_commands_end_to_end(tmp_path, monkeypatch, capsys):
         (["--out", "b", "--data", "p.jsonl"], "at least 100 problems"),
         (["--out", "b", "--data", "p.jsonl", "--numbers", "4"], "problems with 3 operands, not 4"),
         (["--out", "b", "--data", "no.jsonl"], "a solution for every problem"),
+        (["--out", "b", "--data", "held.jsonl"], "nothing left to train or test on"),
         (["--out", "b", "--data", "none.jsonl"], "none.jsonl"),
     ]:
         code, _, err = train(*argv)

@@ -56,9 +56,7 @@ def check(problem, answer):
     begin with one of MISTAKES; None if nothing is. Nothing is evaluated: a regular expression reads the numbers."""
     *left, target = map(int, problem)
     for k, equation in enumerate(answer.split(","), 1):
-        number = "(0|[1-9][0-9]{0,8})"
-        found = re.fullmatch(f"{number}([-+*/]){number}={number}", equation)
-        if not found:
+        if not (found := EQUATION.fullmatch(equation)):
             return f"syntax of equation {k}: {equation[:40]!r}"
         a, op, b, c = int(found[1]), found[2], int(found[3]), int(found[4])
         if not {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b > 0 and a == b * c}[op]:
@@ -73,6 +71,7 @@ def check(problem, answer):
     return None if left == [target] else f"wrong target: {left[0]}, not {target}"
 
 
+EQUATION = re.compile("N([-+*/])N=N".replace("N", "(0|[1-9][0-9]{0,8})"))
 MISTAKES = ("syntax", "false equation", "number not available", "number left over", "wrong target")
 
 
@@ -93,7 +92,8 @@ def limits(n):
 
 
 def combine(a, b, limit):
-    """a + b, a - b, a * b, a / b for a >= b, as one array (4, ...); -1 = not an integer, or above the limit."""
+    """a + b, a - b, a * b, a / b for a >= b, as one array (4, ...); -1 = not an integer, above the limit, or made
+    of a -1."""
     b1 = np.maximum(b, 1)
     results = np.stack([a + b, a - b, a * b, np.where((b > 0) & (a % b1 == 0), a // b1, -1)])
     return np.where((b < 0) | (results > limit), -1, results)
@@ -146,10 +146,11 @@ def solutions(numbers):
 
 def generate(n, count, top, seed):
     """At least `count` problems with their equations, see `solutions`, from i.i.d. draws of n operands, 1 to `top`."""
-    rng, parts, size = np.random.default_rng(seed), [], {3: 4096, 4: 512, 5: 16}[n]  # draws that fit a cache
+    rng, parts, made, size = np.random.default_rng(seed), [], 0, {3: 4096, 4: 512, 5: 16}[n]  # draws that fit a cache
     with tqdm(total=count, desc="generating problems", unit="problem", dynamic_ncols=True) as bar:
-        while bar.n < count:
+        while made < count:
             parts.append(solutions(rng.integers(1, top + 1, (size, n))))
+            made += len(parts[-1][0])
             bar.update(len(parts[-1][0]))
     return tuple(np.concatenate(part) for part in zip(*parts))
 
@@ -164,7 +165,7 @@ def held_out_targets(n):
 def split(problems, equations, seed):
     """Three lists of (problems, equations): for training; to test, problems whose operands, in any order, are
     held out (500 multisets, or a tenth of all) and targets are not; and problems with a held-out target alone.
-    TEST problems in a test, each target as often as any other."""
+    TEST different problems in a test, each target as often as any other."""
     rng, n = np.random.default_rng(seed), problems.shape[1] - 1
     key = np.sort(problems[:, :n], 1) @ 128 ** np.arange(n)
     multisets = np.unique(key)
@@ -172,6 +173,7 @@ def split(problems, equations, seed):
     target = np.isin(problems[:, n], held_out_targets(n))
     parts = [(problems[~secret & ~target], equations[~secret & ~target])]
     for i in (np.flatnonzero(secret & ~target), np.flatnonzero(~secret & target)):
+        i = i[np.unique(problems[i], axis=0, return_index=True)[1]]
         share = 1 / np.bincount(problems[i, n])[problems[i, n]]
         i = rng.choice(i, min(TEST, len(i)), replace=False, p=share / share.sum()) if len(i) else i
         parts.append((problems[i], equations[i]))
@@ -183,6 +185,7 @@ def split(problems, equations, seed):
 # ---------------------------------------------------------------------------------------------------
 
 CHARS = "_0123456789+-*/=, "  # a character's place is its token: MASK is "_", a blank of a field " "
+SCORE = "solved"  # the main one of those that `evaluate` returns
 LINE = 1  # every line of a file is a problem
 OPS = "+-*/"
 
@@ -262,7 +265,13 @@ def read_file(path, at_a_time=None, label=None):
     A row is {"input": "87,29,32,96", "output": "87/29=3,32*3=96"}, with any solution, or
     {"input": "87,29,32", "output": "96"}, for which the equations are all 0; `label` names a field to hand
     through. Raises BadInput with the number of a bad line."""
-    rows, size = [], at_a_time or 1 << 62
+    rows = _rows(path, label)
+    while some := list(itertools.islice(rows, at_a_time)):
+        yield tuple(map(np.array, zip(*some)))
+
+
+def _rows(path, label):
+    operands = None
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         for line, text in enumerate(f, 1):
             if not text.strip():
@@ -271,19 +280,17 @@ def read_file(path, at_a_time=None, label=None):
                 row = json.loads(text)
                 problem, answer = str(row["input"]), str(row["output"])
                 problem, answer = (problem, answer) if "=" in answer else (f"{problem},{answer}", "")
-                rows.append((parse(problem), read_answer(parse(problem), answer), str(row[label]) if label else ""))
-                if len(rows[0][0]) != len(rows[-1][0]):
+                problem = parse(problem)
+                operands = operands or len(problem)
+                if operands != len(problem):
                     raise BadInput("another number of operands than in the lines before")
+                found = problem, read_answer(problem, answer), str(row[label]) if label else ""
             except BadInput as e:
                 raise BadInput(f"{path}, line {line}: {e}") from None
             except (ValueError, TypeError, KeyError, RecursionError):
                 wanted = ", ".join(["input", "output"] + [label] * bool(label))
                 raise BadInput(f"{path}, line {line}: not a JSON object with {wanted}") from None
-            if len(rows) == size:
-                yield tuple(map(np.array, zip(*rows)))
-                rows = []
-    if rows:
-        yield tuple(map(np.array, zip(*rows)))
+            yield found
 
 
 def read_answer(problem, answer):
@@ -391,6 +398,8 @@ def prepare(args, device):
         problems, equations = generate(args.numbers, args.problems, args.top, args.seed)
     seen, *tests = split(problems, equations, args.seed)
     tests = {name: test for name, test in zip(("held-out operands", "held-out targets"), tests) if len(test[0])}
+    if not len(seen[0]) or "held-out operands" not in tests:
+        raise BadInput(f"nothing left to train or test on without the targets {held_out_targets(args.numbers)}")
     print(f"{len(seen[0]):,} problems; " + ", ".join(f"{len(test[0])} with {name}" for name, test in tests.items()))
 
     N = len(COORDS[args.numbers])

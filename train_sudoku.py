@@ -17,6 +17,7 @@ NumPy. Masking only their blanks keeps every state of the forward process a puzz
 """
 
 import csv
+import itertools
 import os
 import re
 from pathlib import Path
@@ -35,6 +36,7 @@ BOX = ROW // 3 * 3 + COL // 3
 UNITS = np.array([np.flatnonzero(kind == i) for kind in (ROW, COL, BOX) for i in range(9)])  # (27, 9)
 COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # three axes: our choice, see rmdm.Config
 CHARS = ".123456789"  # a token's character
+SCORE = "exact"  # the main one of those that `evaluate` returns
 LINE = 81  # characters of a puzzle on one line; shorter lines are those of a drawn grid
 
 # ---------------------------------------------------------------------------------------------------
@@ -220,14 +222,11 @@ def read_file(path, at_a_time=None, label=None):
     A solution that the file lacks is all MASK. Raises BadInput with the line number of a bad row."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
-    rows, size = [], at_a_time or 1 << 62
-    for row in _read_npy(path) if str(path).endswith(".npy") else _read_text(path, label):
-        rows.append(row)
-        if len(rows) == size:
-            yield _checked(path, rows)
-            rows = []
-    if rows:
-        yield _checked(path, rows)
+    if label and str(path).endswith(".npy"):
+        raise BadInput(f"{path}: no column {label!r}")
+    rows = _read_npy(path) if str(path).endswith(".npy") else _read_text(path, label)
+    while some := list(itertools.islice(rows, at_a_time)):
+        yield _checked(path, some)
 
 
 def _read_npy(path):
@@ -385,7 +384,7 @@ def presets(args):
         ),
         "gpu": (
             rmdm.Config(10, COORDS, width=256, heads=4, layers=2, loops=8, inject=True),
-            rmdm.TrainConfig(steps=10_000, batch=512, lr=0.01, lr_rest=2e-3, warmup=500, ema=0.999),
+            rmdm.TrainConfig(steps=10_000, batch=512, lr=0.01, lr_rest=2e-3, warmup=500),
             "meant for ten minutes of one modern GPU (not measured on one yet)",
         ),
     }
@@ -403,6 +402,8 @@ def prepare(args, device):
     else:
         puzzles, solutions = generated(args.puzzles + HELD_OUT, args.seed)
     seen, test = split(puzzles, solutions, HELD_OUT)
+    if not len(seen[0]):
+        raise BadInput("nothing left to train on: every grid is a held-out one")
     few = [part[:128] for part in test]
 
     def check(model):
