@@ -594,15 +594,18 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     ema = copy.deepcopy(model).requires_grad_(False)
     start, seconds, flops, log = 0, 0.0, 0.0, out / "log.jsonl"
     if resume:
-        start, seconds, flops = resume["step"], resume["seconds"], resume["flops"]
-        model.load_state_dict(resume["model"])
-        ema.load_state_dict(resume["ema"])
-        for optimizer, state in zip(optimizers, resume["optimizers"]):
-            optimizer.load_state_dict(state)
-        generator.set_state(resume["rng"])
-        # drop what was logged after the checkpoint: it comes again
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # none cut short
-        lines = [line for line in lines if json.loads(line)["step"] <= start]
+        try:
+            start, seconds, flops = resume["step"], resume["seconds"], resume["flops"]
+            model.load_state_dict(resume["model"])
+            ema.load_state_dict(resume["ema"])
+            for optimizer, state in zip(optimizers, resume["optimizers"]):
+                optimizer.load_state_dict(state)
+            generator.set_state(resume["rng"])
+            # drop what was logged after the checkpoint: it comes again
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # none cut short
+            lines = [line for line in lines if json.loads(line)["step"] <= start]
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise BadInput(f"{out}: cannot go on from this checkpoint ({' '.join(str(e).split())[:200]})") from e
         save(log, "".join(line + "\n" for line in lines))
     else:  # the log says what run it is of
         facts = dict(task=task, parameters=sum(w.numel() for w in model.parameters()), torch=torch.__version__)
@@ -659,6 +662,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             bar.update()
             last = step == config.steps or bool(interrupted)
             evaluating, saving = step % config.eval_every == 0, step % config.save_every == 0
+            line = ""
             if last or evaluating or saving or step % 25 == 0:
                 mean = torch.stack(recent).mean(0).tolist()
                 if not math.isfinite(mean[0] + mean[2]):
@@ -672,7 +676,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
                 line = json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops)) + "\n"
             try:
-                if last or evaluating or saving or step % 25 == 0:
+                if line:
                     with open(log, "a") as f:
                         f.write(line)
                 if last or saving:
@@ -766,10 +770,14 @@ def launch(task, doc, presets, prepare, options):
         out = out.parent if out.is_file() else out
         if "optimizers" not in ckpt:
             raise BadInput(f"{args.resume}: holds weights only, nothing to resume")
-        if args.device not in ("auto", ckpt["device"]):
-            raise BadInput(f"{out}: begun on {ckpt['device']}, cannot go on elsewhere")
-        args = argparse.Namespace(**ckpt["args"] | {"out": str(out), "device": ckpt["device"]})
-        config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
+        try:
+            begun = argparse.Namespace(**ckpt["args"] | {"out": str(out), "device": ckpt["device"]})
+            config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise BadInput(f"{args.resume}: a damaged checkpoint ({e})") from e
+        if args.device not in ("auto", begun.device):
+            raise BadInput(f"{out}: begun on {begun.device}, cannot go on elsewhere")
+        args = begun
     device = pick_device(args.device)
     if ckpt is None:
         out = Path(args.out)

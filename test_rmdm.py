@@ -989,8 +989,16 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     assert code == 0 and len(calls) == 3 and command in again
     kept = Path("runs/sudoku/checkpoint.pt").read_bytes()
     monkeypatch.setattr(sudoku, "HELD_OUT", 6)  # as many as p.csv has
+    whole = rmdm.read_checkpoint("runs/sudoku")
+    for name, change in (("odd1", {"optimizers": 3}), ("odd2", {"train": {"stepz": 3}}), ("odd3", {"model": {}})):
+        Path(name).mkdir()
+        rmdm.save(f"{name}/checkpoint.pt", whole | change)
+        Path(f"{name}/log.jsonl").write_text('{"step": 0}\n')
     for argv, says in [
         ([], "already holds a run"),
+        (["--resume", "odd1"], "cannot go on from this checkpoint"),
+        (["--resume", "odd2"], "a damaged checkpoint"),
+        (["--resume", "odd3"], "cannot go on from this checkpoint"),
         (["--seed", "-1"], "argument --seed"),
         (["--seed", "9" * 5000], "argument --seed"),
         (["--out", "b", "--puzzles", "8", "--set", "steps=1", "--set", "width=1000000000"], "no room for this model"),
