@@ -1,9 +1,9 @@
 """Use a trained model: solve problems, watch them being solved, measure the model.
 
     python sample.py sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
-    python sample.py countdown 87,29,32,96                   # operands, then the target
+    python sample.py countdown 35,27,20,42                   # operands, then the target
     python sample.py sudoku puzzles.txt                      # a file of many, or standard input
-    python sample.py countdown --show 87,29,32,96            # the denoising, loop by loop and step by step
+    python sample.py countdown --show 35,27,20,42            # the denoising, loop by loop and step by step
     python sample.py sudoku --checkpoint runs/sudoku --steps 20 --loops adaptive PUZZLE
     python sample.py sudoku --data puzzles.csv --steps 1,5,20,81 --by level       # accuracy on a file
     python sample.py countdown --data problems.jsonl --sweep                      # accuracy by loops and steps
