@@ -41,6 +41,10 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+# Before torch is imported: a thread that waits for another one goes to sleep sooner. By default it spins for
+# so long that, next to any other busy process, two threads are slower than one.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -109,6 +113,7 @@ class Config:
     loop_norm: bool = True  # Norm of eq. (2)
     time: bool = False  # t enters f; off: the number of MASKs already tells t
     inject: bool = False  # add h^0 again at every loop; not in the paper
+    coord_bias: bool = False  # attention favours, or shuns, positions that share a coordinate; not in the paper
 
     def __post_init__(self):
         if isinstance(self.coords, int):
@@ -122,11 +127,15 @@ class Config:
 
 
 class Layer(nn.Module):
-    """One bidirectional pre-norm transformer layer, (B, N, d) -> (B, N, d)."""
+    """One bidirectional pre-norm transformer layer, (B, N, d) -> (B, N, d).
 
-    def __init__(self, width, heads):
+    With axes > 0 a learned number for each head and axis is added to the attention logits of two positions that
+    share their coordinate on that axis: same (axes, N, N), 1 where they do, else 0."""
+
+    def __init__(self, width, heads, axes=0):
         super().__init__()
         self.heads = heads
+        self.bias = nn.Parameter(torch.randn(heads, axes, 1, 1) / 2) if axes else None  # from 0 learns later
         self.norm1 = nn.LayerNorm(width)  # LayerNorm: torch fuses it on every device, RMSNorm not on CPU
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -134,10 +143,15 @@ class Layer(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, h):
+    def forward(self, h, same=None):
         B, N, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, N, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v)  # every position sees every other
+        bias = None if self.bias is None else (self.bias * same).sum(1).to(q.dtype)  # (heads, N, N)
+        if h.device.type == "cpu":  # for short sequences faster than torch's kernels, see pick_device
+            a = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+            a = (a if bias is None else a + bias).softmax(-1) @ v
+        else:
+            a = F.scaled_dot_product_attention(q, k, v, bias)
         h = h + self.out(a.transpose(1, 2).reshape(B, N, d))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
@@ -159,13 +173,16 @@ class RMDM(nn.Module):
         super().__init__()
         self.config = c = config
         self.register_buffer("coords", torch.tensor(c.coords), persistent=False)  # (N, axes)
+        axes = self.coords.shape[1] if c.coord_bias else 0
+        same = (self.coords == self.coords[:, None]).permute(2, 0, 1).float() if axes else None  # (axes, N, N)
+        self.register_buffer("same", same, persistent=False)
         self.token = nn.Embedding(c.vocab, c.width)
         self.place = nn.ModuleList(nn.Embedding(n, c.width) for n in (self.coords.amax(0) + 1).tolist())
         if c.time:
             self.time = nn.Linear(16, c.width)
-        self.head = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.head_layers))
-        self.block = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.layers))
-        self.tail = nn.ModuleList(Layer(c.width, c.heads) for _ in range(c.tail_layers))
+        self.head = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.head_layers))
+        self.block = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.layers))
+        self.tail = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.tail_layers))
         if c.loop_embedding:
             self.loop = nn.Embedding(c.loops, c.width)
         self.loop_norm = nn.LayerNorm(c.width) if c.loop_norm else nn.Identity()
@@ -191,7 +208,7 @@ class RMDM(nn.Module):
             c = self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
             h = h + c
         for layer in self.head:
-            h = layer(h)
+            h = layer(h, self.same)
         return h, c
 
     def recur(self, h, l, h0, c):
@@ -204,13 +221,13 @@ class RMDM(nn.Module):
             h = h + h0
         h = self.loop_norm(h)
         for layer in self.block:
-            h = layer(h)
+            h = layer(h, self.same)
         return h
 
     def decode(self, h):
         """D: (B, N, d) -> logits (B, N, V); MASK has -inf, that is, no probability."""
         for layer in self.tail:
-            h = layer(h)
+            h = layer(h, self.same)
         return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
     def infer(self, x_t, t, loops=None, eps=0.0):
@@ -494,6 +511,14 @@ class Muon(torch.optim.Optimizer):
                 w.add_(x if wide else x.T, alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
 
 
+def make_optimizers(model, config):
+    """Muon for the matrices inside the layers, AdamW for the rest: embeddings, norms, biases, D."""
+    matrices = [w for part in (model.head, model.block, model.tail) for w in part.parameters() if w.ndim == 2]
+    rest = [w for w in model.parameters() if not any(w is m for m in matrices)]
+    adamw = torch.optim.AdamW(rest, config.lr_rest, weight_decay=config.weight_decay, fused=True)
+    return [Muon(matrices, config.lr, config.weight_decay), adamw]
+
+
 def pick_device(name="auto"):
     """The torch.device to use: CUDA, else MPS, else CPU; sets what makes it fast."""
     if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
@@ -501,9 +526,8 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     # CUDA: TF32 where not bf16. CPU: oneDNN's matrix kernels, up to twice MKL's speed on AMD (still full
-    # float32 unless the CPU has bf16 tiles), with which torch's flash attention is slow: use plain attention.
+    # float32 unless the CPU has bf16 tiles); torch's fused attention is slow with them.
     torch.set_float32_matmul_precision("medium" if name == "cpu" else "high")
-    torch.backends.cuda.enable_flash_sdp(name != "cpu")  # despite its name, CPU attention heeds it too
     if name == "cpu" and sys.platform == "linux":
         # By default glibc returns the memory of large freed tensors to the kernel and fetches it again, page
         # by page, at every step. Keeping it makes a training step 1.2 to 1.3 times as fast.
@@ -584,12 +608,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     cuda = device.type == "cuda"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    matrices = [w for part in (model.head, model.block, model.tail) for w in part.parameters() if w.ndim == 2]
-    rest = [w for w in model.parameters() if not any(w is m for m in matrices)]
-    optimizers = [
-        Muon(matrices, config.lr, config.weight_decay),
-        torch.optim.AdamW(rest, config.lr_rest, weight_decay=config.weight_decay, fused=True),
-    ]
+    optimizers = make_optimizers(model, config)
     generator = torch.Generator(device).manual_seed(config.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False)
     start, seconds, flops, log = 0, 0.0, 0.0, out / "log.jsonl"

@@ -19,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+import rmdm  # isort: skip; first, since it sets up what torch reads when it is imported
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import rmdm
 import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput

@@ -1,5 +1,6 @@
 """python -m pytest -q test_rmdm.py    (under two minutes on two cores; no network, no GPU)"""
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -12,10 +13,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and two threads beside a busy process crawl
+if "SPEED" not in os.environ:  # the models are tiny, and two threads beside a busy process crawl
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -203,12 +207,17 @@ def test_recursion_is_the_hand_written_unroll_of_loopmdm():
 
 
 def test_layer_by_hand():
-    d, layer = 8, rmdm.Layer(8, 2)
-    h = torch.randn(1, 5, d, generator=generator())
-    q, k, v = layer.qkv(layer.norm1(h))[0].split(d, dim=1)
-    heads = [(q[:, s] @ k[:, s].T / 2).softmax(1) @ v[:, s] for s in (slice(0, 4), slice(4, 8))]
-    mid = h[0] + layer.out(torch.cat(heads, 1))
-    assert torch.allclose(layer(h)[0], mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), atol=1e-5)
+    m = tiny(width=8, coords=((0, 0), (1, 1), (0, 1)), coord_bias=True)
+    row, col = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]), torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 1]])
+    for layer, same in (m.block[0], m.same), (rmdm.Layer(8, 2), None):
+        h = torch.randn(1, 3, 8, generator=generator())
+        q, k, v = layer.qkv(layer.norm1(h))[0].split(8, dim=1)
+        heads = []
+        for i, s in enumerate((slice(0, 4), slice(4, 8))):
+            bias = 0 if same is None else layer.bias[i, 0] * row + layer.bias[i, 1] * col
+            heads.append((q[:, s] @ k[:, s].T / 2 + bias).softmax(1) @ v[:, s])
+        mid = h[0] + layer.out(torch.cat(heads, 1))
+        assert torch.allclose(layer(h, same)[0], mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), atol=1e-5)
 
 
 def test_injection_adds_the_embedding_at_every_loop():
@@ -242,7 +251,8 @@ def test_adaptive_loops_stop_each_example_by_its_own_change():
 
 
 def test_gradients_reach_every_parameter():
-    m = tiny(head_layers=1, layers=2, tail_layers=1, time=True, inject=True, coords=((0, 0), (1, 1), (0, 1)))
+    added = dict(time=True, inject=True, coord_bias=True, coords=((0, 0), (1, 1), (0, 1)))
+    m = tiny(head_layers=1, layers=2, tail_layers=1, **added)
     x0 = torch.tensor([[1, 2, 3]] * 8)
     rmdm.loss(m, x0, torch.ones_like(x0, dtype=torch.bool), generator=generator())[0].backward()
     for name, w in m.named_parameters():
@@ -1123,3 +1133,124 @@ def test_rmdm_alone_in_an_empty_folder_runs_the_readme_example(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "[[1, 2, 3, 4, 5, 6, 7, 8]]" in done.stdout
+
+
+# ---- speed, measured side by side: in turns, so that a noisy machine is equally unkind to all; medians ----
+
+
+class Plain(rmdm.RMDM):
+    """An ordinary transformer of depth K x L, with the same read-offs after every K layers."""
+
+    def __init__(self, config):
+        plain = dict(layers=config.layers * config.loops, loop_embedding=False, loop_norm=False, inject=False)
+        super().__init__(replace(config, **plain))
+
+    def recur(self, h, l, h0, c):
+        K = len(self.block) // self.config.loops
+        for layer in self.block[K * (l - 1) : K * l]:
+            h = layer(h, self.same)
+        return h
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's own layer in place of ours."""
+
+    def __init__(self, width, heads, axes):
+        how = dict(dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True)
+        super().__init__(width, heads, 4 * width, **how)
+
+    def forward(self, h, same):
+        return super().forward(h)
+
+
+def in_turns(rounds, **jobs):
+    """{name: median seconds}"""
+    seconds = {name: [] for name in jobs}
+    for i in range(rounds + 2):  # two to warm up
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: float(np.median(s[2:])) for name, s in seconds.items()}
+
+
+def training_step(model, size, precision="medium"):
+    """A job for in_turns: a step as in rmdm.train, with `size` examples."""
+    c, g, optimizers = model.config, generator(), rmdm.make_optimizers(model, TrainConfig())
+    x0 = torch.randint(1, c.vocab, (size, len(c.coords)), generator=g)
+
+    def job():
+        torch.set_float32_matmul_precision(precision)
+        rmdm.loss(model, x0, torch.ones_like(x0, dtype=torch.bool), generator=g)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return job
+
+
+def saved_mebibytes(job):
+    """What a training step keeps for its backward pass."""
+    sizes = {}
+
+    def pack(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        job()
+    return sum(sizes.values()) / 2**20
+
+
+@pytest.mark.skipif("SPEED" not in os.environ, reason="minutes of measuring, on an idle machine: SPEED=1")
+def test_speed(monkeypatch):
+    rmdm.pick_device("cpu")
+    tasks = (sudoku, argparse.Namespace()), (countdown, argparse.Namespace(data=None, numbers=3, top=99, preset="cpu"))
+    print(f"\n\n{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    print("| one training step | ms | GFLOP/s | of the time of ours |\n|---|---|---|---|")
+    for task, args in tasks:
+        config, training, _ = task.presets(args)["cpu"]
+        ours, size = rmdm.RMDM(config), training.batch
+        with monkeypatch.context() as patch:
+            patch.setattr(rmdm, "Layer", EncoderLayer)
+            theirs = rmdm.RMDM(config)
+        square, out = torch.randn(2, 1024, 1024), torch.empty(1024, 1024)
+        jobs = {
+            "rmdm": training_step(ours, size),
+            "rmdm with nn.TransformerEncoderLayer": training_step(theirs, size),
+            "the same, torch's default precision": training_step(theirs, size, "highest"),
+            f"plain transformer, {config.layers * config.loops} layers": training_step(Plain(config), size),
+            "matrix product, 1024 x 1024": lambda: torch.mm(*square, out=out),
+        }
+        times = in_turns(30, **jobs)
+        for name, seconds in times.items():
+            flops = 2 * 1024**3 if "product" in name else 3 * size * ours.flops(config.loops, config.loops)
+            ratio = f"{seconds / times['rmdm']:.2f}" if "product" not in name else ""
+            where = f"{task.__name__.removeprefix('train_')}: {name}"
+            print(f"| {where} | {1000 * seconds:.1f} | {flops / seconds / 1e9:.0f} | {ratio} |", flush=True)
+
+    config, training, _ = sudoku.presets(tasks[0][1])["cpu"]
+    changes = [dict(), dict(loops=4), dict(loops=16), dict(batch=16), dict(batch=64), dict(width=32), dict(width=128)]
+    jobs = {}
+    for change in changes:
+        model = rmdm.RMDM(replace(config, **{k: v for k, v in change.items() if k != "batch"}))
+        name = ", ".join(f"{k} {v}" for k, v in change.items()) or "Sudoku preset: loops 8, batch 32, width 64"
+        jobs[name] = training_step(model, change.get("batch", training.batch))
+    memory = {name: saved_mebibytes(job) for name, job in jobs.items()}
+    print("\n| one training step | ms | MiB kept for the backward pass |\n|---|---|---|")
+    for name, seconds in in_turns(20, **jobs).items():
+        print(f"| {name} | {1000 * seconds:.0f} | {memory[name]:.0f} |", flush=True)
+
+    model, puzzles, costs = rmdm.load(HERE / "weights" / "sudoku-small.pt"), sudoku.generate(256, 9), {}
+    hows = {f"T={T}": dict(steps=T) for T in (1, 5, 20, 81)}
+    hows |= {f"T=20, {key}={value}": {"steps": 20, key: value} for key, value in (("batch", 32), ("batch", 256))}
+    hows |= {"T=20, L=4": dict(steps=20, loops=4), "T=20, adaptive, eps 0.3": dict(steps=20, eps=0.3)}
+    hows |= {"T=81, threshold 0.99": dict(steps=81, threshold=0.99)}
+
+    def solve(name, how):
+        costs[name] = sudoku.evaluate(model, *puzzles, **how)
+
+    print("\n| sampling | puzzles/s | loops a puzzle | exact, % |\n|---|---|---|---|")
+    for name, seconds in in_turns(3, **{name: partial(solve, name, how) for name, how in hows.items()}).items():
+        print(f"| {name} | {256 / seconds:.0f} | {costs[name]['nfe']:.0f} | {100 * costs[name]['exact']:.1f} |")

@@ -27,11 +27,11 @@ import json
 import random
 import re
 
+import rmdm  # isort: skip; first, since it sets up what torch reads when it is imported
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import rmdm
 from rmdm import MASK, BadInput
 
 LOW, HIGH, TOP = 10, 100, 99  # targets from LOW to HIGH, operands from 1 to TOP
