@@ -766,7 +766,8 @@ def launch(task, doc, presets, prepare, options):
     """`python train_TASK.py`: read the command line, train or resume, report.
 
     presets(args)          -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
-    prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end
+    prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end: it prints what
+                              the model can do and returns a problem to try it on
     options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
     parser = command_line(doc)
     add = parser.add_argument
@@ -820,7 +821,8 @@ def launch(task, doc, presets, prepare, options):
         model = train(model, training, batch, evaluate, out, task, vars(args), ckpt)  # nothing to do if finished
         last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         print(f"trained {last['step']} steps in {last['seconds']:.0f} s, {last['flops']:.3g} floating-point operations")
-        report(model)
+        problem = report(model)
+        print(f"\nNow solve one that it has never seen:\n  python sample.py {task} --checkpoint {out} {problem}")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped; go on with: python {sys.argv[0]} --resume {out}") from None
 

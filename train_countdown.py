@@ -416,9 +416,7 @@ def prepare(args, device):
             print("solved, %, by loops L and steps T (confidence order)")
             loops = sorted({max(1, L // 2), L, L * 3 // 2})
             rmdm.grid(lambda L, T: evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
-        problem = ",".join(map(str, tests["held-out operands"][0][0]))
-        command = f"python sample.py countdown --checkpoint {args.out} {problem}"
-        print(f"\nNow solve one that it has never seen:\n  {command}")
+        return ",".join(map(str, tests["held-out operands"][0][0]))
 
     return batches(*seen, device), monitor, report
 

@@ -416,8 +416,7 @@ def prepare(args, device):
         print(f"\nexact, % of {HELD_OUT} held-out minimal puzzles, by loops L and steps T (confidence order)")
         loops = sorted({max(1, L // 2), L, L * 3 // 2})
         rmdm.grid(lambda L, T: evaluate(model, *test, steps=T, loops=L)["exact"], loops, steps)
-        puzzle = "".join(map(str, test[0][0])).replace("0", ".")
-        print(f"\nNow solve one that it has never seen:\n  python sample.py sudoku --checkpoint {args.out} {puzzle}")
+        return "".join(map(str, test[0][0])).replace("0", ".")
 
     return batches(*seen, device), check, report
 

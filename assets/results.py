@@ -1,6 +1,6 @@
 """Make the README's tables and figures from the logs in this folder:  python assets/results.py
 
-    NAME-seed*.jsonl        log.jsonl of a training run; NAME is sudoku-cpu, countdown-cpu, -long or -top30
+    NAME-seed*.jsonl        log.jsonl of a training run; NAME is TASK-cpu for the preset, or TASK-VARIANT
     NAME-seed*-eval.jsonl   what `python sample.py ... --data ... --json` printed for it
 
 Prints the tables as Markdown; writes *-loss.png, countdown-curve.png and, from weights/, sudoku-recursion.png.
@@ -111,12 +111,11 @@ def recursion():
 
 
 if __name__ == "__main__":
-    runs("sudoku-cpu", {"NELBO, nats": ("nelbo", 1, 2)})
-    sets("sudoku-cpu", "exact")
-    for name in ("countdown-cpu", "countdown-long", "countdown-top30"):
-        runs(name, {})
-    sets("countdown-cpu", "solved")
-    sets("countdown-long", "solved")
+    operands = {"solved, held-out operands, n=128": ("held-out operands", 100, 1)}
+    for name in sorted({path.name.rsplit("-seed", 1)[0] for path in HERE.glob("*-seed?.jsonl")}):
+        runs(name, {"NELBO, nats": ("nelbo", 1, 2)} if name.startswith("sudoku") else operands)
+        if list(HERE.glob(f"{name}-seed*-eval.jsonl")):
+            sets(name, "exact" if name.startswith("sudoku") else "solved")
     loss_curve()
     countdown_curve()
     recursion()
