@@ -166,15 +166,16 @@ def measure(task, model, path, by, **how):
     return totals | {"all": totals.pop("all")}  # last
 
 
-def report(path, group, T, score, as_json):
+def report(about, score, as_json):
     """Print one line of scores; what is unknown (a file without solutions) is null, or left out."""
     if as_json:
         known = {key: None if np.isnan(value) else value for key, value in score.items()}
-        return print(json.dumps({"file": path, "group": group, "steps": T} | known), flush=True)
+        return print(json.dumps(about | known), flush=True)
     cost = [f"nfe {score['nfe']:.1f}", f"layer passes {score['layer_passes']:.1f}", f"{score['seconds']:.1f} s"]
     shares = {key: x for key, x in score.items() if key not in ("n", "nfe", "layer_passes", "seconds")}
     shares = [f"{key} {100 * x:.1f}%" for key, x in shares.items() if not np.isnan(x)]
-    print("  ".join([path, group, f"T={T}", f"n={score['n']}", *shares, *cost]), flush=True)
+    what = [about["file"], about["group"], f"T={about['steps']}", f"n={score['n']}"]
+    print("  ".join([*what, *shares, *cost]), flush=True)
 
 
 def real(low, high):
@@ -218,7 +219,8 @@ def main():
     if not args.data and "," in (args.steps or ""):
         raise BadInput("several --steps need --data")
     device, task = rmdm.pick_device(args.device), TASKS[args.task]
-    model = rmdm.load(args.checkpoint or WEIGHTS / f"{args.task}-small.pt", device, args.task)
+    checkpoint = args.checkpoint or WEIGHTS / f"{args.task}-small.pt"
+    model = rmdm.load(checkpoint, device, args.task)
     L, N = model.config.loops, len(model.config.coords)
     steps = [int(T) for T in args.steps.split(",")] if args.steps else [N]
     how = dict(
@@ -242,7 +244,9 @@ def main():
             continue
         for T in steps:
             for group, score in measure(task, model, path, args.by, steps=T, **how).items():
-                report(path, group, T, score, args.json)
+                about = dict(file=path, group=group, checkpoint=args.checkpoint or checkpoint.name)
+                about |= dict(loops=how["loops"] or args.loops or L, order=args.order, steps=T)
+                report(about, score, args.json)
 
 
 if __name__ == "__main__":

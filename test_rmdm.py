@@ -993,6 +993,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     code, out, _ = run_sample("sudoku", *model, "--data", "p.csv", "--steps", "1,2", "--by", "level", "--json")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [r["steps"] for r in rows] == [1, 1, 1, 2, 2, 2] and isinstance(rows[0]["n"], int)
+    assert rows[0]["loops"] == 2 and rows[0]["order"] == "confidence" and rows[0]["checkpoint"] == model[1]
     assert [(r["group"], r["n"]) for r in rows[:3]] == [("0", 3), ("1", 3), ("all", 6)]
     assert rows[0]["nfe"] == rows[0]["layer_passes"] == 2 and 0 < rows[2]["cell"] < 1
     code, again, _ = run_sudoku("--resume", "runs/sudoku")  # a finished run reports once more
