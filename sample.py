@@ -166,6 +166,17 @@ def measure(task, model, path, by, **how):
     return totals | {"all": totals.pop("all")}  # last
 
 
+def classical(path):
+    """Print, as JSON, what solvers without a network do on a file of Sudokus: shares solved, and guesses."""
+    found = [train_sudoku.classical(puzzles) for puzzles, _, _ in train_sudoku.read_file(path, 1000)]
+    if not found:
+        raise BadInput(f"{path}: no problem in it")
+    naked, both, guesses = np.concatenate(found, 1)
+    shares = {"naked singles": naked.mean(), "naked and hidden singles": both.mean(), "search": (guesses >= 0).mean()}
+    counts = {"guesses, median": np.median(guesses), "guesses, mean": guesses.mean(), "guesses, most": int(guesses.max())}
+    print(json.dumps(dict(file=path, n=len(naked)) | shares | counts), flush=True)
+
+
 def report(about, score, as_json):
     """Print one line of scores; what is unknown (a file without solutions) is null, or left out."""
     if as_json:
@@ -205,19 +216,26 @@ def main():
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
     add("--json", action="store_true", help="with --data: one JSON object a line")
     add("--sweep", action="store_true", help="with --data: a table by loops and steps")
+    add("--classical", action="store_true", help="with --data: Sudoku solvers without a network, instead")
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     args = parser.parse_intermixed_args()
     adaptive = args.loops == "adaptive"
     if not (args.loops is None or adaptive or re.fullmatch("0*[1-9][0-9]{0,2}", args.loops)):
         raise BadInput(f"--loops is a number from 1 to 999 or `adaptive`, not {args.loops!r}")
-    if args.data and (args.problem or args.show) or not args.data and (args.by or args.json or args.sweep):
-        raise BadInput("--data takes no problem and no --show; --by, --json and --sweep need --data")
+    if args.data and (args.problem or args.show):
+        raise BadInput("--data takes no problem and no --show")
+    if not args.data and (args.by or args.json or args.sweep or args.classical):
+        raise BadInput("--by, --json, --sweep and --classical need --data")
     if args.sweep and (args.by or args.json or args.loops or args.steps):
         raise BadInput("--sweep prints its own table: it takes no --by, --json, --loops or --steps")
     if args.steps and not re.fullmatch("[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", args.steps):
         raise BadInput(f"--steps is a number from 1, or several with commas, not {args.steps[:40]!r}")
     if not args.data and "," in (args.steps or ""):
         raise BadInput("several --steps need --data")
+    if args.classical:
+        if args.task != "sudoku":
+            raise BadInput("--classical is for Sudoku")
+        return [classical(path) for path in args.data] and 0
     device, task = rmdm.pick_device(args.device), TASKS[args.task]
     checkpoint = args.checkpoint or WEIGHTS / f"{args.task}-small.pt"
     model = rmdm.load(checkpoint, device, args.task)

@@ -416,9 +416,40 @@ def test_generated_puzzles_have_one_solution_and_no_clue_too_many(puzzles):
         clues = np.flatnonzero(puzzle)
         without = np.repeat(c[:, None], len(clues), 1)  # one clue given up in each column, its digit excluded
         without[clues, np.arange(len(clues))] = 511 & ~c[clues]
-        assert clues[~sudoku.solvable(without)].tolist() == needless
+        assert clues[(sudoku.search(without)[0] == 0).all(0)].tolist() == needless
         clue = clues[-1]
         assert count_solutions(np.where(np.arange(81) == clue, MASK, puzzle)) == 2
+
+
+def singles_solve(board, hidden):
+    """Naked and hidden singles, one cell at a time: an independent version."""
+    near = [set(np.concatenate([unit for unit in sudoku.UNITS if i in unit])) - {i} for i in range(81)]
+    board, found = board.copy(), True
+    while found:
+        can = [set() if board[i] else set(range(1, 10)) - {board[j] for j in near[i]} for i in range(81)]
+        found = [(i, d) for i in range(81) for d in can[i] if len(can[i]) == 1]
+        if hidden:
+            found += [(i, d) for u in sudoku.UNITS for i in u for d in can[i] if sum(d in can[j] for j in u) == 1]
+        for i, d in found:
+            board[i] = d
+    return (board != MASK).all()
+
+
+def test_classical_solvers(puzzles):
+    more = np.random.default_rng(0).random((20, 81)) < np.linspace(0, 0.3, 20)[:, None]  # clues, so some are easy
+    some = np.where(more, puzzles[1][:20], puzzles[0][:20])
+    naked, both, guesses = sudoku.classical(some)
+    assert naked.tolist() == [singles_solve(puzzle, False) for puzzle in some] and 0 < naked.sum() < 20
+    assert both.tolist() == [singles_solve(puzzle, True) for puzzle in some] and naked.sum() < both.sum() < 20
+    assert ((guesses == 0) == both).all() and (guesses >= 0).all()
+    c = np.where(puzzles[0] == MASK, 511, 1 << puzzles[0].astype(np.uint16) >> 1).T.astype(np.uint16)
+    for depth_first in (True, False):
+        assert (sudoku.search(c, depth_first)[0] == 1 << puzzles[1].T.astype(int) >> 1).all()
+    crossed = next(s for s in puzzles[1] if (s[[0, 3]] == s[[12, 9]]).all()).copy()
+    crossed[[0, 3, 9, 12]] = MASK  # two digits, in either order: one guess, and both ways are right
+    assert sudoku.classical(crossed[None])[:, 0].tolist() == [0, 0, 1]
+    crossed[80] = crossed[79]
+    assert sudoku.classical(crossed[None])[2, 0] == -1
 
 
 def test_no_held_out_grid_in_training_not_even_relabeled(puzzles):
@@ -996,6 +1027,9 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     assert rows[0]["loops"] == 2 and rows[0]["order"] == "confidence" and rows[0]["checkpoint"] == model[1]
     assert [(r["group"], r["n"]) for r in rows[:3]] == [("0", 3), ("1", 3), ("all", 6)]
     assert rows[0]["nfe"] == rows[0]["layer_passes"] == 2 and 0 < rows[2]["cell"] < 1
+    code, out, _ = run_sample("sudoku", "--data", "p.csv", "--classical")
+    row = json.loads(out)
+    assert code == 0 and row["n"] == 6 and row["search"] == 1 and row["guesses, mean"] > 0
     code, again, _ = run_sudoku("--resume", "runs/sudoku")  # a finished run reports once more
     assert code == 0 and len(calls) == 3 and command in again
     kept = Path("runs/sudoku/checkpoint.pt").read_bytes()
@@ -1061,6 +1095,9 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["sudoku", "--data", "p.csv", "--sweep", "--json"], "its own table"),
         (["sudoku", "x" + "." * 80], "'x' at cell 1"),
         (["sudoku", "--data", "nothing.csv"], "no such file"),
+        (["sudoku", "many.txt", "--classical"], "need --data"),
+        (["sudoku", "--data", "nothing.csv", "--classical"], "no such file"),
+        (["countdown", "--data", "p.csv", "--classical"], "--classical is for Sudoku"),
         (["sudoku", "--data", "noise.bin"], "noise.bin"),
         (["sudoku", "--data", "p.csv", "--by", "color"], "no column 'color'"),
     ]:

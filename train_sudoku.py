@@ -92,8 +92,9 @@ def draw(cells):
 COUNT = np.array([bin(i).count("1") for i in range(512)], np.uint8)
 
 
-def deduce(c):
-    """One round of naked and hidden singles: (new c, (n,) bool False where a unit has no place for a digit)."""
+def deduce(c, hidden=True):
+    """One round of naked and (unless told not to) hidden singles: (new c, (n,) bool False where a unit has no
+    place for a digit)."""
     single = np.where(c & (c - np.uint16(1)), np.uint16(0), c)
     fixed = np.bitwise_or.reduce(single[UNITS], axis=1)
     c = np.where(single, c, c & ~(fixed[ROW] | fixed[9 + COL] | fixed[18 + BOX]))
@@ -102,9 +103,11 @@ def deduce(c):
     for i in range(1, 9):
         twice |= once & units[:, i]
         once |= units[:, i]
-    hidden = once & ~twice
-    hidden = c & (hidden[ROW] | hidden[9 + COL] | hidden[18 + BOX])
-    return np.where(hidden, hidden, c), (once == 511).all(0)
+    if hidden:
+        only = once & ~twice
+        only = c & (only[ROW] | only[9 + COL] | only[18 + BOX])
+        c = np.where(only, only, c)
+    return c, (once == 511).all(0)
 
 
 def fill(n, rng):
@@ -124,18 +127,21 @@ def fill(n, rng):
         c = new
 
 
-def solvable(c):
-    """(81, n) -> (n,) bool: is there any solution? Depth-first, all boards side by side: each stuck board
-    takes its first guess now, and the other possibility later if that fails."""
-    found, owner, later = np.zeros(c.shape[1], bool), np.arange(c.shape[1]), []
+def search(c, depth_first=False):
+    """One solution of each board, (81, n), all 0 if it has none, and the guesses that it took, (n,): singles,
+    then a guess in a cell with fewest candidates, all boards side by side. Depth-first, a board goes back to
+    its last guess alone; otherwise to all guesses that are left at once, which is faster for many boards."""
+    solution, guesses, owner, later = np.zeros_like(c), np.zeros(c.shape[1], int), np.arange(c.shape[1]), []
     while len(owner) or later:
         if not len(owner):
-            c, owner = (np.concatenate(parts, -1) for parts in zip(*later))
-            later = []
+            back = len(later) - 1 if depth_first else 0
+            c, owner = (np.concatenate(parts, -1) for parts in zip(*later[back:]))
+            del later[back:]
         new, ok = deduce(c)
         size = COUNT[new]
-        found[owner[ok & (size == 1).all(0) & (new == c).all(0)]] = True
-        go = ok & ~found[owner]
+        done = ok & (size == 1).all(0) & (new == c).all(0)
+        solution[:, owner[done]] = new[:, done]
+        go = ok & (solution[0, owner] == 0)
         c, owner, new, size = c[:, go], owner[go], new[:, go], size[:, go]
         stuck = np.flatnonzero((new == c).all(0))
         cell = np.where(size > 1, size, 99)[:, stuck].argmin(0)
@@ -144,9 +150,10 @@ def solvable(c):
         other[cell, np.arange(len(stuck))] ^= guess
         new[cell, stuck] = guess
         if len(stuck):
+            np.add.at(guesses, owner[stuck], 1)
             later.append((other, owner[stuck]))
         c = new
-    return found
+    return solution, guesses
 
 
 def generate(n, seed):
@@ -160,12 +167,26 @@ def generate(n, seed):
             for cell in rng.random((81, m)).argsort(0):  # each board digs in its own random order
                 test = c.copy()
                 test[cell, i] = 511 & ~grid[cell, i]  # any other digit here? Then the clue has to stay
-                gone = ~solvable(test)
+                gone = (search(test)[0] == 0).all(0)
                 c[cell[gone], i[gone]] = 511
             digits = COUNT[grid - np.uint16(1)].T + np.uint8(1)  # the bit's index, from 1
             done.append((np.where(c.T == 511, np.uint8(MASK), digits), digits))
             bar.update(m)
     return tuple(np.concatenate(part) for part in zip(*done))
+
+
+def classical(puzzles):
+    """What solves puzzles (n, 81) without a network, (3, n): whether naked singles do, whether naked and hidden
+    singles do, and the guesses of a depth-first search, which always does (-1: no solution)."""
+    begin = np.where(puzzles == MASK, 511, 1 << (puzzles.astype(np.uint16) - 1)).T.astype(np.uint16)
+    results = []
+    for hidden in (False, True):
+        c, new = None, begin
+        while not np.array_equal(c, new):
+            c, (new, _) = new, deduce(new, hidden)
+        results.append((COUNT[c] == 1).all(0))
+    solution, guesses = search(begin, depth_first=True)
+    return np.stack([*results, np.where(solution[0], guesses, -1)])
 
 
 def canonical(grids):
