@@ -46,19 +46,36 @@ def runs(name, extra):
     table(f"Training runs, {name}", rows)
 
 
-def sets(name, score):
-    runs = seeds(f"{name}-seed*-eval.jsonl")
-    steps = sorted({row["steps"] for row in runs[0]})
-    keys = dict.fromkeys((row["file"], row["group"]) for row in runs[0])
-    for whole in (True, False) if any(group != "all" for _, group in keys) else (True,):
-        rows = [("file", "n", *(f"T={T}" for T in steps), "NFE at each T")]
-        for file, group in (key for key in keys if (key[1] == "all") == whole):
-            found = [[r for r in run if (r["file"], r["group"]) == (file, group)] for run in runs]
-            scores = (" / ".join(f"{100 * r[score]:.1f}" for r in at_T) for at_T in zip(*found))
-            nfe = ", ".join(f"{r['nfe']:.0f}" for r in found[0])
-            row = Path(file).stem + ("" if whole else f", {group}")
-            rows.append((row, str(found[0][0]["n"]), *scores, nfe))
-        table(f"{name}: {score}, %, seeds {' / '.join(str(i) for i in range(len(runs)))}", rows)
+def pivot(name, score, down, columns):
+    """What sample.py --json printed, by down(row) and by T: the seeds side by side."""
+    both = seeds(f"{name}-seed*-eval.jsonl")
+    steps = sorted({row["steps"] for row in both[0]})
+    rows = [(*columns, "n", *(f"T={T}" for T in steps), "NFE at each T")]
+    for key in dict.fromkeys(down(row) for row in both[0]):
+        found = [[row for row in run if down(row) == key] for run in both]
+        scores = (" / ".join(f"{100 * row[score]:.1f}" for row in at_T) for at_T in zip(*found))
+        nfe = ", ".join(f"{row['nfe']:.0f}" for row in found[0])
+        rows.append((*map(str, key), str(found[0][0]["n"]), *scores, nfe))
+    table(f"{name}: {score}, %, seeds {' / '.join(str(i) for i in range(len(both)))}", rows)
+
+
+def depth():
+    """K layers x L loops: a row for each model, the seeds side by side; and the figure."""
+    found = {}  # (K, L, steps) -> for each seed the head and the end of its log and its scores by file and T
+    for log, scores in zip(seeds("sudoku-depth-seed?.jsonl"), seeds("sudoku-depth-seed?-eval.jsonl")):
+        starts = [i for i, row in enumerate(log) if row["step"] == 0] + [len(log)]
+        names = list(dict.fromkeys(row["checkpoint"] for row in scores))
+        for i, j, name in zip(starts, starts[1:], names, strict=True):
+            at = {(Path(r["file"]).stem, r["steps"]): 100 * r["exact"] for r in scores if r["checkpoint"] == name}
+            found.setdefault((log[i]["layers"], log[i]["loops"], log[i]["steps"]), []).append((log[i], log[j - 1], at))
+    what = [("sudoku_ye2024_test", 1), *(("sudoku_kaggle3m", T) for T in (5, 20, 81))]
+    rows = [("K x L", "parameters", "steps", "training FLOPs", "NELBO", *(f"{f[7:]}, T={T}" for f, T in what))]
+    for (K, L, steps), both in sorted(found.items(), key=lambda x: (x[1][0][1]["flops"], x[0])):
+        head, end, _ = both[0]
+        cells = [" / ".join(f"{at[key]:.1f}" for _, _, at in both) for key in what]
+        bound = " / ".join(f"{end['nelbo']:.1f}" for _, end, _ in both)
+        rows.append((f"{K} x {L}", f"{head['parameters']:,}", str(steps), f"{end['flops']:.1e}", bound, *cells))
+    table("sudoku-depth", rows)
 
 
 def countdown_curve():
