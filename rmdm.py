@@ -36,6 +36,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
@@ -116,14 +117,18 @@ class Config:
     coord_bias: bool = False  # attention favours, or shuns, positions that share a coordinate; not in the paper
 
     def __post_init__(self):
-        if isinstance(self.coords, int):
-            self.coords = tuple((i,) for i in range(self.coords))
+        try:
+            coords = torch.as_tensor(self.coords)
+            coords = coords if coords.ndim else torch.arange(coords)[:, None]
+        except (TypeError, ValueError, RuntimeError):
+            coords = torch.empty(0)
+        if coords.ndim != 2 or not coords.numel() or coords.is_floating_point() or coords.min() < 0:
+            raise BadInput("coords needs a row of integers from 0 for each position, as many in each row")
+        self.coords = tuple(map(tuple, coords.tolist()))  # plain integers: all that a checkpoint may hold
         if min(self.width, self.heads, self.layers, self.loops) < 1 or self.width % self.heads:
             raise BadInput("width, heads, layers and loops are at least 1, and heads divides width")
         if min(self.head_layers, self.tail_layers) < 0:
             raise BadInput("head_layers and tail_layers are at least 0")
-        if not self.coords or min(map(min, self.coords)) < 0:
-            raise BadInput("coords needs a row of integers from 0 for each position")
 
 
 class Layer(nn.Module):
@@ -387,6 +392,8 @@ def sample(
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if steps < 1 or (loops is not None and loops < 1) or (threshold is not None and order == "ancestral"):
         raise BadInput("steps and loops are at least 1, and a threshold needs an order other than ancestral")
+    if temperature is not None and not temperature >= 0:
+        raise BadInput(f"temperature is at least 0, not {temperature}")
     if temperature is None:
         temperature = 1.0 if order == "ancestral" else 0.0
     # Draws are in float64: float32 noise is too coarse for rare tokens. MPS has no float64, so there all
@@ -401,6 +408,8 @@ def sample(
         return torch.rand(shape, generator=generator, dtype=torch.float64, device=home)
 
     for left in range(steps, 0, -1):
+        if not masked.any():
+            break
         t, s = left / steps, (left - 1) / steps
         if order == "ancestral":  # what is revealed does not depend on the network: decide it first
             reveal = masked & (noise(*x.shape) < (alpha(s) - alpha(t)) / (1 - alpha(t)))
@@ -443,7 +452,7 @@ def sample_all(model, x, editable=None, batch=128, **how):
     """`sample` in batches that fit a cache: the filled-in x (n, N), and the mean cost of an example as a
     dict: nfe (loops), layer_passes (of any layer: K a loop; head and tail once a pass), seconds (in all)."""
     began, c, outs = time.perf_counter(), model.config, []
-    for i in range(0, len(x), batch):
+    for i in range(0, max(len(x), 1), batch):
         outs.append(sample(model, x[i : i + batch], None if editable is None else editable[i : i + batch], **how))
     x, passes, nfe = (torch.cat([getattr(out, part) for out in outs]) for part in ("x", "passes", "nfe"))
     layers = (nfe * c.layers + passes * (c.head_layers + c.tail_layers)).double().mean().item()
@@ -483,7 +492,7 @@ class TrainConfig:
             raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
         if self.loops_min < 0 or not 0 <= self.mass_t1 <= 1 or not 0 <= self.ema < 1:
             raise BadInput("loops_min is at least 0, mass_t1 from 0 to 1, ema from 0 to below 1")
-        if not (min(self.lr, self.lr_rest, self.clip) > 0 and self.weight_decay >= 0):  # false for nan, too
+        if not (self.lr > 0 and self.lr_rest > 0 and self.clip > 0 and self.weight_decay >= 0):  # nan is neither
             raise BadInput("lr, lr_rest and clip are above 0, weight_decay at least 0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
@@ -600,16 +609,20 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     """Train `model` in place; returns the averaged (EMA) model.
 
     batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device
-    evaluate(model)     -> dict of numbers, called on the averaged model
+    evaluate(model)     -> dict of numbers for the log, called on the averaged model
     out                 folder for checkpoint.pt (to resume), model.pt (averaged weights), log.jsonl
     task, args          stored in the checkpoint: the task's name, the command's arguments
-    resume              a checkpoint of this very run, from read_checkpoint: on CPU the run then ends
-                        bit-identical to one that was never interrupted"""
+    resume              a checkpoint of this very run, from read_checkpoint: on CPU the run then ends bit-identical
+                        to one that was never interrupted, if batch draws from its generator alone
+
+    Raises BadInput for a folder that holds another run, a loss that is no number, no room to write."""
     if config.loops_min > model.config.loops:
         raise BadInput(f"loops_min={config.loops_min} is more than loops={model.config.loops}")
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     out = Path(out)
+    if not resume and (out / "checkpoint.pt").exists():
+        raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
     generator = torch.Generator(device).manual_seed(config.seed)  # all randomness after initialization
@@ -617,6 +630,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     start, seconds, flops, log = 0, 0.0, 0.0, out / "log.jsonl"
     if resume:
         try:
+            if resume["config"] != asdict(model.config):
+                raise ValueError("another model")
             start, seconds, flops = resume["step"], resume["seconds"], resume["flops"]
             model.load_state_dict(resume["model"])
             ema.load_state_dict(resume["ema"])
@@ -651,10 +666,11 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
         save(out / "checkpoint.pt", slim | states | dict(model=model.state_dict()))
 
     # Ctrl-C ends the run after the step under way, so that what is saved is one consistent state; a second
-    # one ends it at once.
-    interrupted = []
-    handler = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: (interrupted.append(True), signal.signal(signal.SIGINT, handler)))
+    # one ends it at once. Only the main thread of a program may have it so.
+    interrupted, listening = [], threading.current_thread() is threading.main_thread()
+    if listening:
+        handler = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+        signal.signal(signal.SIGINT, lambda *_: (interrupted.append(True), signal.signal(signal.SIGINT, handler)))
     bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
     recent, clock = [], time.perf_counter()
     try:
@@ -696,7 +712,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 if evaluating or step == config.steps:
                     entry |= evaluate(ema.eval())
                 seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
-                line = json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops)) + "\n"
+                line = json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops), default=float) + "\n"
             try:
                 if line:
                     with open(log, "a") as f:
@@ -709,7 +725,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 raise KeyboardInterrupt
     finally:
         bar.close()
-        signal.signal(signal.SIGINT, handler)
+        if listening:
+            signal.signal(signal.SIGINT, handler)
     return ema
 
 
@@ -804,8 +821,6 @@ def launch(task, doc, presets, prepare, options):
     device = pick_device(args.device)
     if ckpt is None:
         out = Path(args.out)
-        if (out / "checkpoint.pt").exists():
-            raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
         args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
         *configs, about = presets(args)[args.preset]
         config, training = configure(args.set, *configs)

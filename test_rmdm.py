@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -369,7 +370,7 @@ def test_a_finished_example_costs_no_further_passes():
 
 
 def test_bad_sampler_settings():
-    for how in ({"order": "best"}, {"steps": 0}, {"loops": 0}, {"order": "ancestral", "threshold": 0.5}):
+    for how in ({"order": "best"}, {"steps": 0}, {"loops": 0}, {"order": "ancestral", "threshold": 0.5}, {"temperature": -1}):
         with pytest.raises(ValueError):
             rmdm.sample(tiny(), torch.zeros(1, 3, dtype=torch.long), **how)
 
@@ -745,6 +746,36 @@ def test_a_resumed_run_ends_bit_identical(tmp_path):
     assert steps == [0, 10, 13, 20, 24]
 
 
+def test_training_from_another_program(tmp_path):
+    """From a thread, with NumPy's numbers; a folder that is taken and another model's run are refused."""
+    config = TrainConfig(steps=2, batch=2)
+    coords = np.array([[0], [1], [2], [3]])
+    results, run = [], tmp_path / "run"
+
+    def work():
+        model = rmdm.RMDM(Config(vocab=4, coords=coords, width=16, loops=2))
+        results.append(rmdm.train(model, config, toy_batch, lambda m: {"score": np.float32(0.5)}, run))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    x = torch.zeros(1, 4, dtype=torch.long)
+    assert torch.equal(rmdm.load(run)(x, torch.ones(1)), results[0](x, torch.ones(1)))
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["score"] == 0.5
+    with pytest.raises(BadInput, match="already holds a run"):
+        rmdm.train(toy_model(), config, toy_batch, lambda m: {}, run)
+    with pytest.raises(BadInput, match="another model"):
+        other = rmdm.RMDM(Config(vocab=4, coords=4, width=16, loops=2, inject=True))
+        rmdm.train(other, config, toy_batch, lambda m: {}, run, resume=rmdm.read_checkpoint(run))
+
+
+def test_bad_coordinates():
+    for coords in (0, -1, [[0, 1], [0]], [[0.5]], [[-1]], [1, 2], "x", [], None):
+        with pytest.raises(BadInput, match="coords needs"):
+            Config(vocab=4, coords=coords)
+    assert Config(vocab=4, coords=np.int64(2)).coords == Config(vocab=4, coords=torch.tensor([[0], [1]])).coords
+
+
 def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     config = TrainConfig(steps=20, batch=4, save_every=5, eval_every=5)
 
@@ -1050,6 +1081,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["--out", "b", "--puzzles", "8", "--set", "steps=1", "--set", "width=1000000000"], "no room for this model"),
         (["--out", "b", "--set", "ema=1"], "ema from 0 to below 1"),
         (["--out", "b", "--set", "lr=nan"], "lr, lr_rest and clip are above 0"),
+        (["--out", "b", "--set", "lr_rest=nan"], "lr, lr_rest and clip are above 0"),
         (["--resume", "nowhere"], "no such file"),
         (["--resume", "runs/sudoku/model.pt"], "weights only"),
         (["--resume", "runs/sudoku", "--set", "steps=9"], "leave out --set"),
