@@ -671,10 +671,10 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     if listening:
         handler = signal.getsignal(signal.SIGINT) or signal.default_int_handler
         signal.signal(signal.SIGINT, lambda *_: (interrupted.append(True), signal.signal(signal.SIGINT, handler)))
-    bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
     recent, clock = [], time.perf_counter()
+    bar = tqdm(range(start + 1, config.steps + 1), initial=start, total=config.steps, unit="step", dynamic_ncols=True)
     try:
-        for step in range(start + 1, config.steps + 1):
+        for step in bar:
             scale = min(step / config.warmup, 1) * (1 - (step - 1) / config.steps)
             for optimizer, peak in zip(optimizers, (config.lr, config.lr_rest)):
                 optimizer.param_groups[0]["lr"] = scale * peak
@@ -697,30 +697,26 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             reads = sum(w > 0 for w in loop_weights(config.supervise, loops))
             flops += 3 * len(x0) * model.flops(loops, reads)  # backward costs twice forward
             recent.append(torch.stack([value.detach(), right, norm]))
-            bar.update()
             last = step == config.steps or bool(interrupted)
-            evaluating, saving = step % config.eval_every == 0, step % config.save_every == 0
-            line = ""
-            if last or evaluating or saving or step % 25 == 0:
+            evaluating = step == config.steps or step % config.eval_every == 0
+            saving = last or step % config.save_every == 0
+            if evaluating or saving or step % 25 == 0:
                 mean = torch.stack(recent).mean(0).tolist()
                 if not math.isfinite(mean[0] + mean[2]):
                     why = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {step}"
                     raise BadInput(f"{why}; a checkpoint in {out} is from before")
                 recent = []
-                entry = dict(step=step, loss=mean[0], accuracy=mean[1])
                 bar.set_postfix(loss=f"{mean[0]:.4f}", accuracy=f"{mean[1]:.3f}", refresh=False)
-                if evaluating or step == config.steps:
-                    entry |= evaluate(ema.eval())
+                entry = dict(step=step, loss=mean[0], accuracy=mean[1]) | (evaluate(ema.eval()) if evaluating else {})
                 seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
-                line = json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops), default=float) + "\n"
-            try:
-                if line:
+                try:
                     with open(log, "a") as f:
-                        f.write(line)
-                if last or saving:
-                    checkpoint()
-            except OSError as e:
-                raise BadInput(f"cannot write to {out}: {e.strerror}; what was saved there before is whole") from e
+                        f.write(json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops), default=float) + "\n")
+                    if saving:
+                        checkpoint()
+                except OSError as e:
+                    what = f"cannot write to {out}: {e.strerror}; what was saved there before is whole"
+                    raise BadInput(what) from e
             if last and step < config.steps:
                 raise KeyboardInterrupt
     finally:
@@ -753,25 +749,21 @@ def configure(pairs, *configs):
 
 
 def command_line(doc):
-    """An argument parser that reports a mistake in one line, as BadInput."""
-
-    def refuse(message):
-        raise BadInput(f"{message} (--help lists the options)")
-
+    """An argument parser that reports a mistake in one line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
+    parser.error = lambda why: parser.exit(2, f"{parser.prog}: {why} (--help lists the options)\n")
     return parser
 
 
-def whole(low, high):
-    """For argparse: an integer from low to high."""
+def within(kind, low, high):
+    """For argparse: a number of type `kind`, int or float, from low to high."""
 
     def parse(text):
-        if not low <= (value := int(text)) <= high:
+        if not low <= (value := kind(text)) <= high:
             raise ValueError
         return value
 
-    parse.__name__ = f"integer from {low} to {high}"
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
 
 
@@ -795,7 +787,7 @@ def launch(task, doc, presets, prepare, options):
     add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first there is")
     add("--out", metavar="RUN", default=f"runs/{task}", help="folder for the run (default: %(default)s)")
     add("--resume", metavar="RUN", help="go on with an interrupted run, with the settings it was started with")
-    add("--seed", type=whole(0, 2**32), default=0, help="of data, initialization and training (default: 0)")
+    add("--seed", type=within(int, 0, 2**32), default=0, help="of data, initialization and training (default: 0)")
     what = "fields of rmdm.Config and rmdm.TrainConfig"
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=what)
     for flag, how in options.items():

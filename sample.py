@@ -73,8 +73,8 @@ def read(task, arguments):
     return np.stack(problems)
 
 
-def side_by_side(*blocks, gap="    "):
-    return "\n".join(gap.join(lines) for lines in zip(*blocks))
+def side_by_side(*blocks):
+    return "\n".join("    ".join(lines) for lines in zip(*blocks))
 
 
 def show_loops(task, model, x, editable, loops):
@@ -172,8 +172,8 @@ def classical(path):
     if not found:
         raise BadInput(f"{path}: no problem in it")
     naked, both, guesses = np.concatenate(found, 1)
+    counts = {"guesses, median": np.median(guesses), "mean": guesses.mean(), "most": int(guesses.max())}
     shares = {"naked singles": naked.mean(), "naked and hidden singles": both.mean(), "search": (guesses >= 0).mean()}
-    counts = {"guesses, median": np.median(guesses), "guesses, mean": guesses.mean(), "guesses, most": int(guesses.max())}
     print(json.dumps(dict(file=path, n=len(naked)) | shares | counts), flush=True)
 
 
@@ -189,16 +189,6 @@ def report(about, score, as_json):
     print("  ".join([*what, *shares, *cost]), flush=True)
 
 
-def real(low, high):
-    def parse(text):
-        if not low <= (value := float(text)) <= high:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"number from {low} to {high}"  # for argparse
-    return parse
-
-
 def main():
     parser = rmdm.command_line(__doc__)
     add = parser.add_argument
@@ -209,9 +199,9 @@ def main():
     add("--steps", metavar="T,...", help="denoising steps; default: as many as there are positions")
     add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
     add("--order", choices=rmdm.ORDERS, default="confidence")
-    add("--threshold", type=real(0, 1), help="at each step reveal all that is at least this sure")
-    add("--temperature", type=real(0, 100), help="of the tokens drawn; default: 1 if ancestral, else 0")
-    add("--seed", type=rmdm.whole(0, 2**32), default=0, help="for orders and temperatures that draw")
+    add("--threshold", type=rmdm.within(float, 0, 1), help="at each step reveal all that is at least this sure")
+    add("--temperature", type=rmdm.within(float, 0, 100), help="of the tokens drawn; default: 1 if ancestral, else 0")
+    add("--seed", type=rmdm.within(int, 0, 2**32), default=0, help="for orders and temperatures that draw")
     add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
     add("--json", action="store_true", help="with --data: one JSON object a line")

@@ -368,8 +368,6 @@ def presets(args):
             raise BadInput(f"{args.data}: has problems with {n} operands, not {args.numbers}")
         args.numbers = n
     args.numbers = args.numbers or {"cpu": 3, "gpu": 4}[args.preset]
-    if not 4 <= args.top <= TOP:
-        raise BadInput(f"--top is from 4 to {TOP}, not {args.top}")
     return {
         "cpu": (
             rmdm.Config(len(CHARS), COORDS[args.numbers], width=128, heads=4, layers=1, loops=4, inject=True),
@@ -392,8 +390,6 @@ def prepare(args, device):
             raise BadInput(f"{args.data}: training needs at least 100 problems")
         if not equations.any((1, 2)).all():
             raise BadInput(f"{args.data}: training needs a solution for every problem")
-    elif args.problems < 1000:
-        raise BadInput(f"--problems is at least 1000, not {args.problems}")
     else:
         problems, equations = generate(args.numbers, args.problems, args.top, args.seed)
     seen, *tests = split(problems, equations, args.seed)
@@ -424,8 +420,8 @@ def prepare(args, device):
 def main():
     options = {
         "--numbers": dict(type=int, choices=(3, 4, 5), help="operands; default: 3 for the cpu preset, else 4"),
-        "--top": dict(type=int, default=TOP, help="largest operand (default: %(default)s, as published)"),
-        "--problems": dict(type=int, default=500_000, help="how many to generate (default: %(default)s)"),
+        "--top": dict(type=rmdm.within(int, 4, TOP), default=TOP, help="largest operand (default: as published)"),
+        "--problems": dict(type=rmdm.within(int, 1000, 10**9), default=500_000, help="to generate (default: %(default)s)"),
         "--data": dict(metavar="FILE", help="train on a published jsonl file, some of it held out"),
     }
     rmdm.launch("countdown", __doc__, presets, prepare, options)

@@ -418,8 +418,6 @@ def prepare(args, device):
             raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles")
         if not (solutions != MASK).all():
             raise BadInput(f"{args.data}: training needs a solution for every puzzle")
-    elif args.puzzles < 1:
-        raise BadInput(f"--puzzles is at least 1, not {args.puzzles}")
     else:
         puzzles, solutions = generated(args.puzzles + HELD_OUT, args.seed)
     seen, test = split(puzzles, solutions, HELD_OUT)
@@ -445,7 +443,7 @@ def prepare(args, device):
 def main():
     options = {
         "--data": dict(metavar="FILE", help=f"train on a published file, its last {HELD_OUT} puzzles held out"),
-        "--puzzles": dict(type=int, default=10_000, help="how many to generate (default: %(default)s)"),
+        "--puzzles": dict(type=rmdm.within(int, 1, 10**8), default=10_000, help="to generate (default: %(default)s)"),
     }
     rmdm.launch("sudoku", __doc__, presets, prepare, options)
 
