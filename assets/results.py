@@ -1,9 +1,10 @@
 """Make the README's tables and figures from the logs in this folder:  python assets/results.py
 
-    NAME-seed*.jsonl        log.jsonl of a training run; NAME is TASK-cpu for the preset, or TASK-VARIANT
-    NAME-seed*-eval.jsonl   what `python sample.py ... --data ... --json` printed for it
+    NAME-seed*.jsonl        log.jsonl of a training run, or of several, one after the other, evaluations only
+    NAME-seed*-eval.jsonl   what `python sample.py ... --data ... --json` printed for it, or for them
+    sudoku-classical.jsonl  what `python sample.py sudoku --classical --data ...` printed
 
-Prints the tables as Markdown; writes *-loss.png, countdown-curve.png and, from weights/, sudoku-recursion.png.
+NAME is TASK-cpu for the preset, or TASK-VARIANT. Prints the tables as Markdown; writes the figures, *.png.
 Needs matplotlib, which nothing else does.
 """
 
@@ -24,85 +25,102 @@ import train_sudoku as sudoku  # noqa: E402
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def seeds(pattern):
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted(HERE.glob(pattern))]
+    return [lines(path) for path in sorted(HERE.glob(pattern))]
 
 
-def table(title, rows):
-    head, *body = rows
+def table(title, head, *rows):
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row in body:
-        print(f"| {' | '.join(row)} |")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def set_name(row):
+    return Path(row["file"]).stem
 
 
 def runs(name, extra):
-    rows = [("seed", "parameters", "K x L, d", "steps x batch", "training FLOPs", "minutes", "device", *extra)]
+    """One row a training run; extra: {title: (key, factor, digits)} of what its last line says."""
+    rows = []
     for head, *_, last in seeds(f"{name}-seed?.jsonl"):
         size = f"{head['layers']} x {head['loops']}, {head['width']}"
         device = f"{head['device']}, {head['threads']} threads".replace(" 1 threads", " 1 thread")
         work = f"{head['steps']} x {head['batch']}", f"{last['flops']:.2g}", f"{last['seconds'] / 60:.1f}"
-        ends = [f"{scale * last[key]:.{digits}f}" for key, scale, digits in extra.values()]
-        rows.append((str(head["seed"]), f"{head['parameters']:,}", size, *work, device, *ends))
-    table(f"Training runs, {name}", rows)
+        ends = [f"{factor * last[key]:.{digits}f}" for key, factor, digits in extra.values()]
+        rows.append((head["seed"], f"{head['parameters']:,}", size, *work, device, *ends))
+    head = "seed", "parameters", "K x L, d", "steps x batch", "training FLOPs", "minutes", "device"
+    table(f"Training runs, {name}", (*head, *extra), *rows)
 
 
-def pivot(name, score, down, columns):
-    """What sample.py --json printed, by down(row) and by T: the seeds side by side."""
-    both = seeds(f"{name}-seed*-eval.jsonl")
+def pivot(name, score, head, down):
+    """Scores by down(row), a tuple of strings or None to leave the row out, and by T: the seeds side by side."""
+    both, rows = seeds(f"{name}-seed*-eval.jsonl"), []
     steps = sorted({row["steps"] for row in both[0]})
-    rows = [(*columns, "n", *(f"T={T}" for T in steps), "NFE at each T")]
-    for key in dict.fromkeys(down(row) for row in both[0]):
-        found = [[row for row in run if down(row) == key] for run in both]
-        scores = (" / ".join(f"{100 * row[score]:.1f}" for row in at_T) for at_T in zip(*found))
-        nfe = ", ".join(f"{row['nfe']:.0f}" for row in found[0])
-        rows.append((*map(str, key), str(found[0][0]["n"]), *scores, nfe))
-    table(f"{name}: {score}, %, seeds {' / '.join(str(i) for i in range(len(both)))}", rows)
+    for key in dict.fromkeys(filter(None, map(down, both[0]))):
+        found = [{row["steps"]: row for row in run if down(row) == key} for run in both]
+        scores = (" / ".join(f"{100 * at[T][score]:.1f}" for at in found) if T in found[0] else "" for T in steps)
+        nfe = ", ".join(f"{row['nfe']:.0f}" for row in found[0].values())
+        rows.append((*key, next(iter(found[0].values()))["n"], *scores, nfe))
+    title = f"{name}: {score}, %, seeds {' / '.join(str(i) for i in range(len(both)))}"
+    table(title, (*head, "n", *(f"T={T}" for T in steps), "NFE at each T"), *rows)
 
 
 def depth():
     """K layers x L loops: a row for each model, the seeds side by side; and the figure."""
-    found = {}  # (K, L, steps) -> for each seed the head and the end of its log and its scores by file and T
+    found = {}  # (K, L, steps) -> for each seed the end of its log, with the head's facts, and scores by set and T
     for log, scores in zip(seeds("sudoku-depth-seed?.jsonl"), seeds("sudoku-depth-seed?-eval.jsonl")):
         starts = [i for i, row in enumerate(log) if row["step"] == 0] + [len(log)]
-        names = list(dict.fromkeys(row["checkpoint"] for row in scores))
+        names = dict.fromkeys(row["checkpoint"] for row in scores)
         for i, j, name in zip(starts, starts[1:], names, strict=True):
-            at = {(Path(r["file"]).stem, r["steps"]): 100 * r["exact"] for r in scores if r["checkpoint"] == name}
-            found.setdefault((log[i]["layers"], log[i]["loops"], log[i]["steps"]), []).append((log[i], log[j - 1], at))
-    what = [("sudoku_ye2024_test", 1), *(("sudoku_kaggle3m", T) for T in (5, 20, 81))]
-    rows = [("K x L", "parameters", "steps", "training FLOPs", "NELBO", *(f"{f[7:]}, T={T}" for f, T in what))]
-    for (K, L, steps), both in sorted(found.items(), key=lambda x: (x[1][0][1]["flops"], x[0])):
-        head, end, _ = both[0]
-        cells = [" / ".join(f"{at[key]:.1f}" for _, _, at in both) for key in what]
-        bound = " / ".join(f"{end['nelbo']:.1f}" for _, end, _ in both)
-        rows.append((f"{K} x {L}", f"{head['parameters']:,}", str(steps), f"{end['flops']:.1e}", bound, *cells))
-    table("sudoku-depth", rows)
+            at = {(set_name(r), r["steps"]): r for r in scores if r["checkpoint"] == name}
+            found.setdefault((log[i]["layers"], log[i]["loops"], log[i]["steps"]), []).append((log[i] | log[j - 1], at))
+    what, rows = [("sudoku_ye2024_test", 1), *(("sudoku_kaggle3m", T) for T in (5, 20, 81))], []
+    for (K, L, steps), both in sorted(found.items(), key=lambda x: (x[0][2] > 3000, x[0][0] * x[0][1], x[0])):
+        cells = (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, at in both) for key in what)
+        facts = f"{K} x {L}", f"{both[0][0]['parameters']:,}", steps, f"{both[0][0]['flops']:.1e}"
+        rows.append((*facts, " / ".join(f"{end['nelbo']:.1f}" for end, _ in both), *cells))
+    head = "K x L", "parameters", "steps", "training FLOPs", "NELBO, nats"
+    table("sudoku-depth", (*head, *(f"{name[7:]}, T={T}" for name, T in what)), *rows)
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    mean = lambda both, key, what: sum(at[key][what] for _, at in both) / len(both)  # noqa: E731
+    for color, name, belongs in (
+        ("tab:blue", "1 layer, L loops", lambda K, L: K == 1),
+        ("tab:orange", "K layers, no loops", lambda K, L: L == 1),
+    ):
+        for style, cost, equal in (("-o", "equal steps", lambda n, depth: n == 3000), ("--s", "equal FLOPs", lambda n, depth: n * depth == 24000)):
+            points = sorted((K * L, 100 * mean(both, what[-1], "exact")) for (K, L, n), both in found.items() if belongs(K, L) and equal(n, K * L))
+            left.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{name}, {cost}")
+    for (K, L, n), both in sorted(found.items()):
+        if K == 1 and n == 3000:
+            keys = [key for key in both[0][1] if key[0] == "sudoku_kaggle3m"]
+            points = [(mean(both, key, "nfe"), 100 * mean(both, key, "exact")) for key in keys]
+            right.plot(*zip(*points), "-o", ms=4, lw=1, label=f"L = {L}")
+    left.set(xlabel="layers x loops", ylabel="kaggle3m, exact, %", xscale="log", xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8])
+    right.set(xlabel="NFE: loops, summed over the T steps", xscale="log")
+    for ax in (left, right):
+        ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-depth.png", dpi=130)
 
 
-def countdown_curve():
+def curves(file, groups, y, factor, **axes):
+    """Training curves: groups (name, color, label, what x counts a step)."""
     fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    lines = ("cpu", "tab:blue", "7,300 steps"), ("long", "tab:orange", "20,000 steps"), ("top30", "gray", "to 30")
-    for name, color, label in lines:
-        for head, *log in seeds(f"countdown-{name}-seed?.jsonl"):
-            log = [r for r in log if "held-out operands" in r]
-            style = dict(color=color, ls=("-", "--")[head["seed"]], label=f"{label}, seed {head['seed']}", lw=1)
-            ax.plot([r["step"] * head["batch"] for r in log], [100 * r["held-out operands"] for r in log], **style)
-    ax.set(xlabel="training examples", ylabel="solved, %, held-out operands", ylim=(0, 100))
+    for name, color, label in groups:
+        for head, *log in seeds(f"{name}-seed?.jsonl"):
+            log = [row for row in log if y in row]
+            x = [row["step"] * (head["batch"] if "examples" in axes["xlabel"] else 1) for row in log]
+            style = dict(color=color, ls=("-", "--")[head["seed"]], lw=1, label=f"{label}, seed {head['seed']}")
+            ax.plot(x, [factor * row[y] for row in log], **style)
+    ax.set(**axes)
     ax.legend(frameon=False)
     fig.tight_layout()
-    fig.savefig(HERE / "countdown-curve.png", dpi=150)
-
-
-def loss_curve():
-    fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    for head, *log in seeds("sudoku-cpu-seed?.jsonl"):
-        # the objective divides by the editable cells, of which half are masked on average: times 2 is per masked cell
-        ax.plot([r["step"] for r in log], [2 * r["loss"] for r in log], lw=1, label=f"seed {head['seed']}")
-    ax.axhline(math.log(9), color="gray", ls=":", lw=1)
-    ax.text(0.98, math.log(9), "ln 9: nothing learned", transform=ax.get_yaxis_transform(), va="bottom", ha="right")
-    ax.set(xlabel="training step", ylabel="nats per masked cell", xscale="log", ylim=(0, 2.6))
-    ax.legend(frameon=False)
-    fig.tight_layout()
-    fig.savefig(HERE / "sudoku-loss.png", dpi=150)
+    fig.savefig(HERE / file, dpi=150)
 
 
 def recursion():
@@ -128,11 +146,22 @@ def recursion():
 
 
 if __name__ == "__main__":
-    operands = {"solved, held-out operands, n=128": ("held-out operands", 100, 1)}
-    for name in sorted({path.name.rsplit("-seed", 1)[0] for path in HERE.glob("*-seed?.jsonl")}):
-        runs(name, {"NELBO, nats": ("nelbo", 1, 2)} if name.startswith("sudoku") else operands)
-        if list(HERE.glob(f"{name}-seed*-eval.jsonl")):
-            sets(name, "exact" if name.startswith("sudoku") else "solved")
-    loss_curve()
-    countdown_curve()
+    runs("sudoku-cpu", {"NELBO, nats": ("nelbo", 1, 2)})
+    pivot("sudoku-cpu", "exact", ["file"], lambda r: (set_name(r),) if r["group"] == "all" else None)
+    pivot("sudoku-cpu", "exact", ["file"], lambda r: (f"{set_name(r)}, {r['group']}",) if r["group"] != "all" else None)
+    depth()
+    pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
+    pivot("sudoku-loops", "exact", ["L"], lambda r: (r["loops"],))
+    solvers = lines(HERE / "sudoku-classical.jsonl")
+    table("Without a network", solvers[0], *([f"{x:.3g}" if type(x) is float else x for x in r.values()] for r in solvers))
+    for name in ("cpu", "long", "top30", "2000-bias", "2000-nobias"):
+        runs(f"countdown-{name}", {"solved, held-out operands, n=128": ("held-out operands", 100, 1)})
+    for name in ("cpu", "long"):
+        pivot(f"countdown-{name}", "solved", ["file"], lambda r: (set_name(r),))
+    # the objective divides by the editable cells, of which half are masked on average: times 2 is per masked cell
+    groups = [("sudoku-cpu", "tab:blue", f"the preset; ln 9 = {math.log(9):.2f}: nothing learned")]
+    curves("sudoku-loss.png", groups, "loss", 2, xlabel="training step", ylabel="nats per masked cell", xscale="log", ylim=(0, 2.6))
+    groups = ("cpu", "tab:blue", "7,300 steps"), ("long", "tab:orange", "20,000 steps"), ("top30", "gray", "to 30")
+    groups = [(f"countdown-{name}", *rest) for name, *rest in groups]
+    curves("countdown-curve.png", groups, "held-out operands", 100, xlabel="training examples", ylabel="solved, %, held-out operands", ylim=(0, 100))
     recursion()
