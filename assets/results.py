@@ -57,7 +57,7 @@ def runs(name, extra):
 
 
 def pivot(name, score, head, down):
-    """Scores by down(row), a tuple of strings or None to leave the row out, and by T: the seeds side by side."""
+    """Scores by down(row), a tuple, or false to leave the row out, and by T: the seeds side by side."""
     both, rows = seeds(f"{name}-seed*-eval.jsonl"), []
     steps = sorted({row["steps"] for row in both[0]})
     for key in dict.fromkeys(filter(None, map(down, both[0]))):
@@ -71,39 +71,43 @@ def pivot(name, score, head, down):
 
 def depth():
     """K layers x L loops: a row for each model, the seeds side by side; and the figure."""
-    found = {}  # (K, L, steps) -> for each seed the end of its log, with the head's facts, and scores by set and T
+    found = {}  # (K, L, steps, bias) -> for each seed the end of its log, with the head's facts, and scores
     for log, scores in zip(seeds("sudoku-depth-seed?.jsonl"), seeds("sudoku-depth-seed?-eval.jsonl")):
         starts = [i for i, row in enumerate(log) if row["step"] == 0] + [len(log)]
         names = dict.fromkeys(row["checkpoint"] for row in scores)
-        for i, j, name in zip(starts, starts[1:], names, strict=True):
-            at = {(set_name(r), r["steps"]): r for r in scores if r["checkpoint"] == name}
-            found.setdefault((log[i]["layers"], log[i]["loops"], log[i]["steps"]), []).append((log[i] | log[j - 1], at))
-    what, rows = [("sudoku_ye2024_test", 1), *(("sudoku_kaggle3m", T) for T in (5, 20, 81))], []
-    for (K, L, steps), both in sorted(found.items(), key=lambda x: (x[0][2] > 3000, x[0][0] * x[0][1], x[0])):
+        for i, j, name in zip(starts[:-1], starts[1:], names, strict=True):
+            at = {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == name}
+            key = *(log[i][fact] for fact in ("layers", "loops", "steps", "coord_bias")),
+            found.setdefault(key, []).append((log[i] | log[j - 1], at))
+    what, rows = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))], []
+    for (K, L, steps, bias), both in sorted(found.items(), key=lambda x: (x[0][3], x[0][2] > 3000, x[1][0][0]["flops"])):
         cells = (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, at in both) for key in what)
-        facts = f"{K} x {L}", f"{both[0][0]['parameters']:,}", steps, f"{both[0][0]['flops']:.1e}"
+        facts = f"{K} x {L}" + ", preset" * bias, f"{both[0][0]['parameters']:,}", steps, f"{both[0][0]['flops']:.1e}"
         rows.append((*facts, " / ".join(f"{end['nelbo']:.1f}" for end, _ in both), *cells))
     head = "K x L", "parameters", "steps", "training FLOPs", "NELBO, nats"
-    table("sudoku-depth", (*head, *(f"{name[7:]}, T={T}" for name, T in what)), *rows)
+    table("sudoku-depth", (*head, *(f"{name}, T={T}" for name, T in what)), *rows)
+
+    def mean(both, key, what="exact"):
+        return sum(at[key][what] for _, at in both) / len(both)
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    mean = lambda both, key, what: sum(at[key][what] for _, at in both) / len(both)  # noqa: E731
-    for color, name, belongs in (
-        ("tab:blue", "1 layer, L loops", lambda K, L: K == 1),
-        ("tab:orange", "K layers, no loops", lambda K, L: L == 1),
-    ):
-        for style, cost, equal in (("-o", "equal steps", lambda n, depth: n == 3000), ("--s", "equal FLOPs", lambda n, depth: n * depth == 24000)):
-            points = sorted((K * L, 100 * mean(both, what[-1], "exact")) for (K, L, n), both in found.items() if belongs(K, L) and equal(n, K * L))
-            left.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{name}, {cost}")
-    for (K, L, n), both in sorted(found.items()):
-        if K == 1 and n == 3000:
-            keys = [key for key in both[0][1] if key[0] == "sudoku_kaggle3m"]
-            points = [(mean(both, key, "nfe"), 100 * mean(both, key, "exact")) for key in keys]
-            right.plot(*zip(*points), "-o", ms=4, lw=1, label=f"L = {L}")
-    left.set(xlabel="layers x loops", ylabel="kaggle3m, exact, %", xscale="log", xticks=[1, 2, 4, 8], xticklabels=[1, 2, 4, 8])
+    for color, one, name in ("tab:blue", 0, "1 layer, L loops"), ("tab:orange", 1, "K layers, no loops"):
+        for style, equal in ("-o", "steps"), ("--s", "FLOPs"):
+            same = {"steps": lambda K, L, n: n == 3000, "FLOPs": lambda K, L, n: K * L * n == 24000}[equal]
+            chosen = [key for key in found if not key[3] and key[one] == 1 and same(*key[:3])]
+            points = sorted((key[0] * key[1], 100 * mean(found[key], what[-1])) for key in chosen)
+            left.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{name}, equal {equal}")
+        key = (1, 8, 3000, True) if one == 0 else (8, 1, 3000, True)
+        left.plot(8, 100 * mean(found[key], what[-1]), "*", color=color, ms=9, label=f"{name}, preset, equal steps")
+    for L in (1, 2, 4, 8):
+        both = found[1, L, 3000, False]
+        keys = [key for key in both[0][1] if key[0] == "kaggle3m"]
+        points = [(mean(both, key, "nfe"), 100 * mean(both, key)) for key in keys]
+        right.plot(*zip(*points), "-o", ms=4, lw=1, label=f"L = {L}")
+    left.set(xlabel="layers x loops", ylabel="kaggle3m, T = 81, exact, %")
     right.set(xlabel="NFE: loops, summed over the T steps", xscale="log")
     for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=7)
     fig.tight_layout()
     fig.savefig(HERE / "sudoku-depth.png", dpi=130)
 
@@ -146,22 +150,30 @@ def recursion():
 
 
 if __name__ == "__main__":
-    runs("sudoku-cpu", {"NELBO, nats": ("nelbo", 1, 2)})
-    pivot("sudoku-cpu", "exact", ["file"], lambda r: (set_name(r),) if r["group"] == "all" else None)
-    pivot("sudoku-cpu", "exact", ["file"], lambda r: (f"{set_name(r)}, {r['group']}",) if r["group"] != "all" else None)
+    for name in ("cpu", "t60before", "t60now"):
+        runs(f"sudoku-{name}", {"NELBO, nats": ("nelbo", 1, 2)})
+    pivot("sudoku-cpu", "exact", ["file"], lambda r: r["group"] == "all" and (set_name(r),))
+    pivot("sudoku-cpu", "exact", ["kaggle3m"], lambda r: r["group"] != "all" and (r["group"],))
     depth()
     pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
-    pivot("sudoku-loops", "exact", ["L"], lambda r: (r["loops"],))
+    for name in ("loops", "easy"):
+        pivot(f"sudoku-{name}", "exact", ["L"], lambda r: (r["loops"],))
     solvers = lines(HERE / "sudoku-classical.jsonl")
-    table("Without a network", solvers[0], *([f"{x:.3g}" if type(x) is float else x for x in r.values()] for r in solvers))
+    solvers = [row | {"file": set_name(row), "mean": round(row["mean"], 1)} for row in solvers]
+    shares = "naked singles", "naked and hidden singles", "search"
+    rows = ([f"{100 * x:.1f}%" if key in shares else x for key, x in row.items()] for row in solvers)
+    table("Without a network", solvers[0], *rows)
     for name in ("cpu", "long", "top30", "2000-bias", "2000-nobias"):
         runs(f"countdown-{name}", {"solved, held-out operands, n=128": ("held-out operands", 100, 1)})
-    for name in ("cpu", "long"):
-        pivot(f"countdown-{name}", "solved", ["file"], lambda r: (set_name(r),))
+    for name in ("sudoku-t60before", "sudoku-t60now", "countdown-cpu", "countdown-long"):
+        pivot(name, "exact" if "sudoku" in name else "solved", ["file"], lambda r: (set_name(r),))
     # the objective divides by the editable cells, of which half are masked on average: times 2 is per masked cell
-    groups = [("sudoku-cpu", "tab:blue", f"the preset; ln 9 = {math.log(9):.2f}: nothing learned")]
-    curves("sudoku-loss.png", groups, "loss", 2, xlabel="training step", ylabel="nats per masked cell", xscale="log", ylim=(0, 2.6))
+    groups = [("sudoku-cpu", "tab:blue", "the preset")]
+    axes = dict(ylabel=f"nats per masked cell\n(a guess: ln 9 = {math.log(9):.2f})", xscale="log", ylim=(0, 2.4))
+    axes["xlabel"] = "training step"
+    curves("sudoku-loss.png", groups, "loss", 2, **axes)
     groups = ("cpu", "tab:blue", "7,300 steps"), ("long", "tab:orange", "20,000 steps"), ("top30", "gray", "to 30")
     groups = [(f"countdown-{name}", *rest) for name, *rest in groups]
-    curves("countdown-curve.png", groups, "held-out operands", 100, xlabel="training examples", ylabel="solved, %, held-out operands", ylim=(0, 100))
+    axes = dict(xlabel="training examples", ylabel="solved, %, held-out operands", ylim=(0, 100))
+    curves("countdown-curve.png", groups, "held-out operands", 100, **axes)
     recursion()
