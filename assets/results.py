@@ -80,7 +80,7 @@ def depth():
             key = *(log[i][fact] for fact in ("layers", "loops", "steps", "coord_bias")),
             found.setdefault(key, []).append((log[i] | log[j - 1], at))
     what, rows = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))], []
-    for (K, L, steps, bias), both in sorted(found.items(), key=lambda x: (x[0][3], x[0][2] > 3000, x[1][0][0]["flops"])):
+    for (K, L, steps, bias), both in sorted(found.items(), key=lambda x: (x[0][3], x[0][2], x[1][0][0]["flops"])):
         cells = (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, at in both) for key in what)
         facts = f"{K} x {L}" + ", preset" * bias, f"{both[0][0]['parameters']:,}", steps, f"{both[0][0]['flops']:.1e}"
         rows.append((*facts, " / ".join(f"{end['nelbo']:.1f}" for end, _ in both), *cells))
