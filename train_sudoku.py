@@ -2,7 +2,7 @@
 
     python train_sudoku.py                              # picks device and preset, trains, evaluates
     python train_sudoku.py --preset cpu --device cpu    # ten minutes on two CPU cores
-    python train_sudoku.py --preset gpu                 # ten minutes on one modern GPU
+    python train_sudoku.py --preset gpu                 # for one modern GPU, not measured on one yet
     python train_sudoku.py --resume runs/sudoku         # goes on where an interrupted run stopped
     python train_sudoku.py --data sudoku.csv            # trains on a published file, not generated puzzles
     python train_sudoku.py --set loops=4 inject=false   # any field of rmdm.Config and rmdm.TrainConfig

@@ -156,7 +156,7 @@ if __name__ == "__main__":
     pivot("sudoku-cpu", "exact", ["kaggle3m"], lambda r: r["group"] != "all" and (r["group"],))
     depth()
     pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
-    for name in ("loops", "easy"):
+    for name in ("loops", "plain-loops", "easy"):
         pivot(f"sudoku-{name}", "exact", ["L"], lambda r: (r["loops"],))
     solvers = lines(HERE / "sudoku-classical.jsonl")
     solvers = [row | {"file": set_name(row), "mean": round(row["mean"], 1)} for row in solvers]
