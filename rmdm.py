@@ -387,15 +387,15 @@ def sample(
     generator    a torch.Generator on the model's device (for MPS, on the CPU).
 
     An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it.
-    Raises BadInput for an unknown order, steps or loops < 1, or a threshold in ancestral order."""
+    Raises BadInput for an unknown order, steps or loops < 1, temperature < 0, or a threshold in ancestral order."""
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if steps < 1 or (loops is not None and loops < 1) or (threshold is not None and order == "ancestral"):
         raise BadInput("steps and loops are at least 1, and a threshold needs an order other than ancestral")
-    if temperature is not None and not temperature >= 0:
-        raise BadInput(f"temperature is at least 0, not {temperature}")
     if temperature is None:
         temperature = 1.0 if order == "ancestral" else 0.0
+    elif not temperature >= 0:
+        raise BadInput(f"temperature is at least 0, not {temperature}")
     # Draws are in float64: float32 noise is too coarse for rare tokens. MPS has no float64, so there all
     # but the network runs on the CPU.
     device, home = x.device, torch.device("cpu") if x.device.type == "mps" else x.device
@@ -452,7 +452,7 @@ def sample_all(model, x, editable=None, batch=128, **how):
     """`sample` in batches that fit a cache: the filled-in x (n, N), and the mean cost of an example as a
     dict: nfe (loops), layer_passes (of any layer: K a loop; head and tail once a pass), seconds (in all)."""
     began, c, outs = time.perf_counter(), model.config, []
-    for i in range(0, max(len(x), 1), batch):
+    for i in range(0, max(len(x), 1), batch):  # one batch, an empty one, of no examples
         outs.append(sample(model, x[i : i + batch], None if editable is None else editable[i : i + batch], **how))
     x, passes, nfe = (torch.cat([getattr(out, part) for out in outs]) for part in ("x", "passes", "nfe"))
     layers = (nfe * c.layers + passes * (c.head_layers + c.tail_layers)).double().mean().item()
@@ -605,6 +605,12 @@ def load(path, device="cpu", task=None):
     return model.to(device).eval()
 
 
+def refuse_used(out):
+    """Raise BadInput if the folder `out` holds a run."""
+    if (out / "checkpoint.pt").exists():
+        raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
+
+
 def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     """Train `model` in place; returns the averaged (EMA) model.
 
@@ -621,8 +627,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     out = Path(out)
-    if not resume and (out / "checkpoint.pt").exists():
-        raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
+    if not resume:
+        refuse_used(out)
     out.mkdir(parents=True, exist_ok=True)
     optimizers = make_optimizers(model, config)
     generator = torch.Generator(device).manual_seed(config.seed)  # all randomness after initialization
@@ -630,7 +636,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     start, seconds, flops, log = 0, 0.0, 0.0, out / "log.jsonl"
     if resume:
         try:
-            if resume["config"] != asdict(model.config):
+            if Config(**resume["config"]) != model.config:  # a field added since has its default
                 raise ValueError("another model")
             start, seconds, flops = resume["step"], resume["seconds"], resume["flops"]
             model.load_state_dict(resume["model"])
@@ -813,6 +819,7 @@ def launch(task, doc, presets, prepare, options):
     device = pick_device(args.device)
     if ckpt is None:
         out = Path(args.out)
+        refuse_used(out)  # before data is made that would not be used
         args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
         *configs, about = presets(args)[args.preset]
         config, training = configure(args.set, *configs)

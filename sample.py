@@ -253,7 +253,8 @@ def main():
         for T in steps:
             for group, score in measure(task, model, path, args.by, steps=T, **how).items():
                 about = dict(file=path, group=group, checkpoint=args.checkpoint or checkpoint.name, steps=T)
-                about |= dict(loops=how["loops"] or args.loops or L, order=args.order, threshold=args.threshold)
+                about |= dict(loops="adaptive" if adaptive else how["loops"] or L)
+                about |= dict(order=args.order, threshold=args.threshold)
                 report(about, score, args.json)
 
 

@@ -765,6 +765,10 @@ def test_training_from_another_program(tmp_path):
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["score"] == 0.5
     with pytest.raises(BadInput, match="already holds a run"):
         rmdm.train(toy_model(), config, toy_batch, lambda m: {}, run)
+    old = rmdm.read_checkpoint(run)
+    del old["config"]["coord_bias"]  # from before the field was there
+    model = rmdm.RMDM(Config(vocab=4, coords=4, width=16, loops=2))
+    rmdm.train(model, config, toy_batch, lambda m: {}, run, resume=old)
     with pytest.raises(BadInput, match="another model"):
         other = rmdm.RMDM(Config(vocab=4, coords=4, width=16, loops=2, inject=True))
         rmdm.train(other, config, toy_batch, lambda m: {}, run, resume=rmdm.read_checkpoint(run))

@@ -421,7 +421,9 @@ def main():
     options = {
         "--numbers": dict(type=int, choices=(3, 4, 5), help="operands; default: 3 for the cpu preset, else 4"),
         "--top": dict(type=rmdm.within(int, 4, TOP), default=TOP, help="largest operand (default: as published)"),
-        "--problems": dict(type=rmdm.within(int, 1000, 10**9), default=500_000, help="to generate; default: 500000"),
+        "--problems": dict(
+            type=rmdm.within(int, 1000, 10**9), default=500_000, help="how many to generate (default: %(default)s)"
+        ),
         "--data": dict(metavar="FILE", help="train on a published jsonl file, some of it held out"),
     }
     rmdm.launch("countdown", __doc__, presets, prepare, options)

@@ -178,7 +178,7 @@ def generate(n, seed):
 def classical(puzzles):
     """What solves puzzles (n, 81) without a network, (3, n): whether naked singles do, whether naked and hidden
     singles do, and the guesses of a depth-first search, which always does (-1: no solution)."""
-    begin = np.where(puzzles == MASK, 511, 1 << (puzzles.astype(np.uint16) - 1)).T.astype(np.uint16)
+    begin = np.where(puzzles == MASK, 511, 1 << puzzles.astype(np.uint16) >> 1).T.astype(np.uint16)
     results = []
     for hidden in (False, True):
         c, new = None, begin

@@ -77,7 +77,7 @@ def depth():
         names = dict.fromkeys(row["checkpoint"] for row in scores)
         for i, j, name in zip(starts[:-1], starts[1:], names, strict=True):
             at = {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == name}
-            key = *(log[i][fact] for fact in ("layers", "loops", "steps", "coord_bias")),
+            key = tuple(log[i][fact] for fact in ("layers", "loops", "steps", "coord_bias"))
             found.setdefault(key, []).append((log[i] | log[j - 1], at))
     what, rows = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))], []
     for (K, L, steps, bias), both in sorted(found.items(), key=lambda x: (x[0][3], x[0][2], x[1][0][0]["flops"])):
@@ -92,9 +92,10 @@ def depth():
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for color, one, name in ("tab:blue", 0, "1 layer, L loops"), ("tab:orange", 1, "K layers, no loops"):
-        for style, equal in ("-o", "steps"), ("--s", "FLOPs"):
-            same = {"steps": lambda K, L, n: n == 3000, "FLOPs": lambda K, L, n: K * L * n == 24000}[equal]
-            chosen = [key for key in found if not key[3] and key[one] == 1 and same(*key[:3])]
+        plain = [key for key in found if not key[3] and key[one] == 1]
+        steps = [key for key in plain if key[2] == 3000]
+        flops = [key for key in plain if math.prod(key[:3]) == 24000]
+        for style, equal, chosen in ("-o", "steps", steps), ("--s", "FLOPs", flops):
             points = sorted((key[0] * key[1], 100 * mean(found[key], what[-1])) for key in chosen)
             left.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{name}, equal {equal}")
         key = (1, 8, 3000, True) if one == 0 else (8, 1, 3000, True)
@@ -113,7 +114,7 @@ def depth():
 
 
 def curves(file, groups, y, factor, **axes):
-    """Training curves: groups (name, color, label, what x counts a step)."""
+    """Training curves of `factor` times y, for groups of (name, color, label)."""
     fig, ax = plt.subplots(figsize=(6.4, 3.2))
     for name, color, label in groups:
         for head, *log in seeds(f"{name}-seed?.jsonl"):
@@ -156,8 +157,9 @@ if __name__ == "__main__":
     pivot("sudoku-cpu", "exact", ["kaggle3m"], lambda r: r["group"] != "all" and (r["group"],))
     depth()
     pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
-    for name in ("loops", "plain-loops", "easy"):
+    for name in ("loops", "plain-loops", "easy", "adaptive"):
         pivot(f"sudoku-{name}", "exact", ["L"], lambda r: (r["loops"],))
+    pivot("sudoku-threshold", "exact", ["threshold"], lambda r: (r["threshold"],))
     solvers = lines(HERE / "sudoku-classical.jsonl")
     solvers = [row | {"file": set_name(row), "mean": round(row["mean"], 1)} for row in solvers]
     shares = "naked singles", "naked and hidden singles", "search"
