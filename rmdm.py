@@ -481,6 +481,7 @@ class TrainConfig:
     supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
     mass_t1: float = 0.0  # share of examples at t = 1, all MASK: no gain seen yet, see the README
     loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
+    curriculum: str = "none"  # grow or shrink: the loop count goes from loops_min to loops over the run, or back
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
     eval_every: int = 1000  # steps; one evaluation takes seconds
@@ -490,6 +491,8 @@ class TrainConfig:
         loop_weights(self.supervise, 1)  # raises BadInput
         if self.objective not in ("simple", "elbo"):
             raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
+        if self.curriculum not in ("none", "grow", "shrink") or (self.curriculum != "none" and not self.loops_min):
+            raise BadInput("curriculum is none, or, with a loops_min of at least 1, grow or shrink")
         if self.loops_min < 0 or not 0 <= self.mass_t1 <= 1 or not 0 <= self.ema < 1:
             raise BadInput("loops_min is at least 0, mass_t1 from 0 to 1, ema from 0 to below 1")
         if not (self.lr > 0 and self.lr_rest > 0 and self.clip > 0 and self.weight_decay >= 0):  # nan is neither
@@ -685,7 +688,11 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             for optimizer, peak in zip(optimizers, (config.lr, config.lr_rest)):
                 optimizer.param_groups[0]["lr"] = scale * peak
             loops = model.config.loops
-            if config.loops_min:
+            if config.curriculum != "none":  # our readings of the paper's "reverse curriculum on L"
+                share = (step - 1) / config.steps
+                share = 1 - share - 1 / config.steps if config.curriculum == "shrink" else share
+                loops = config.loops_min + int((loops + 1 - config.loops_min) * share)
+            elif config.loops_min:
                 loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(config.batch, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):

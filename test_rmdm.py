@@ -747,6 +747,23 @@ def test_a_resumed_run_ends_bit_identical(tmp_path):
     assert steps == [0, 10, 13, 20, 24]
 
 
+def test_loop_counts_of_a_curriculum(tmp_path, monkeypatch):
+    loops, loss = [], rmdm.loss
+
+    def listening(model, x0, editable, objective, supervise, L, *rest):
+        loops.append(L)
+        return loss(model, x0, editable, objective, supervise, L, *rest)
+
+    monkeypatch.setattr(rmdm, "loss", listening)
+    for way, expected in ("grow", [1, 1, 1, 2, 2, 2]), ("shrink", [2, 2, 2, 1, 1, 1]):
+        config = TrainConfig(steps=6, batch=2, loops_min=1, curriculum=way)
+        rmdm.train(toy_model(), config, toy_batch, lambda m: {}, tmp_path / way)
+        assert loops == expected
+        loops.clear()
+    with pytest.raises(BadInput, match="with a loops_min"):
+        TrainConfig(curriculum="grow")
+
+
 def test_training_from_another_program(tmp_path):
     """From a thread, with NumPy's numbers; a folder that is taken and another model's run are refused."""
     config = TrainConfig(steps=2, batch=2)
@@ -1282,7 +1299,10 @@ def saved_mebibytes(job):
 @pytest.mark.skipif("SPEED" not in os.environ, reason="minutes of measuring, on an idle machine: SPEED=1")
 def test_speed(monkeypatch):
     rmdm.pick_device("cpu")
-    tasks = (sudoku, argparse.Namespace()), (countdown, argparse.Namespace(data=None, numbers=3, top=99, preset="cpu"))
+    tasks = (
+        (sudoku, argparse.Namespace(plain_index=False)),
+        (countdown, argparse.Namespace(data=None, numbers=3, top=99, preset="cpu")),
+    )
     print(f"\n\n{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| one training step | ms | GFLOP/s | of the time of ours |\n|---|---|---|---|")
     for task, args in tasks:

@@ -397,14 +397,15 @@ HELD_OUT = 256  # puzzles kept for evaluation: the table at the end takes half a
 
 
 def presets(args):
+    coords = 81 if args.plain_index else COORDS
     return {
         "cpu": (
-            rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=8, inject=True, coord_bias=True),
+            rmdm.Config(10, coords, width=64, heads=2, layers=1, loops=8, inject=True, coord_bias=True),
             rmdm.TrainConfig(steps=6500, batch=32),
             "about ten minutes on two CPU cores, data and evaluation included",
         ),
         "gpu": (
-            rmdm.Config(10, COORDS, width=256, heads=4, layers=2, loops=8, inject=True, coord_bias=True),
+            rmdm.Config(10, coords, width=256, heads=4, layers=2, loops=8, inject=True, coord_bias=True),
             rmdm.TrainConfig(steps=10_000, batch=512, lr=0.01, lr_rest=2e-3, warmup=500),
             "meant for ten minutes of one modern GPU (not measured on one yet)",
         ),
@@ -445,6 +446,7 @@ def main():
         "--data": dict(metavar="FILE", help=f"train on a published file, its last {HELD_OUT} puzzles held out"),
         "--puzzles": dict(type=rmdm.within(int, 1, 10**8), default=10_000, help="to generate (default: %(default)s)"),
     }
+    options["--plain-index"] = dict(action="store_true", help="cells known by number, not by row, column and box")
     rmdm.launch("sudoku", __doc__, presets, prepare, options)
 
 
