@@ -31,7 +31,7 @@ from rmdm import MASK, BadInput
 # What a task brings: CHARS, LINE, SCORE, parse, read_file, start, evaluate, judge, place and draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = Path(__file__).parent / "weights"  # TASK-small.pt
-EPS = 0.1  # change of h below which `--loops adaptive` stops, eq. (7): saves little as yet, see the README
+EPS = 0.1  # of `--loops adaptive`, eq. (7): saves little as yet, see the README
 COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
 
@@ -198,6 +198,7 @@ def main():
     add("--show", action="store_true", help="show the denoising: one step loop by loop, then step by step")
     add("--steps", metavar="T,...", help="denoising steps; default: as many as there are positions")
     add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
+    add("--eps", type=rmdm.within(float, 0, 100), help=f"stop the loops when h changes by less; adaptive: {EPS}")
     add("--order", choices=rmdm.ORDERS, default="confidence")
     add("--threshold", type=rmdm.within(float, 0, 1), help="at each step reveal all that is at least this sure")
     add("--temperature", type=rmdm.within(float, 0, 100), help="of the tokens drawn; default: 1 if ancestral, else 0")
@@ -233,7 +234,7 @@ def main():
     steps = [int(T) for T in args.steps.split(",")] if args.steps else [N]
     how = dict(
         loops=None if adaptive or not args.loops else int(args.loops),
-        eps=EPS if adaptive else 0.0,
+        eps=args.eps if args.eps is not None else EPS if adaptive else 0.0,
         order=args.order,
         threshold=args.threshold,
         temperature=args.temperature,
@@ -254,7 +255,7 @@ def main():
             for group, score in measure(task, model, path, args.by, steps=T, **how).items():
                 about = dict(file=path, group=group, checkpoint=args.checkpoint or checkpoint.name, steps=T)
                 about |= dict(loops="adaptive" if adaptive else how["loops"] or L)
-                about |= dict(order=args.order, threshold=args.threshold)
+                about |= dict(eps=how["eps"], order=args.order, threshold=args.threshold)
                 report(about, score, args.json)
 
 

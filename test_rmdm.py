@@ -1040,8 +1040,8 @@ def test_hostile_texts_are_read_or_refused_in_one_line():
 def test_hostile_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
-    options = "steps loops order threshold temperature seed data by set out json sweep device checkpoint preset resume"
-    options = [f"--{name}" for name in f"{options} top numbers problems puzzles".split()]
+    options = "steps loops eps order threshold temperature seed data by set out json sweep device checkpoint preset"
+    options = [f"--{name}" for name in f"{options} resume top numbers problems puzzles".split()]
     values = "3 -1 nan inf 1e400 none.csv cpu x=y steps=0 lr=nan batch=-1 loops=2.5 width=7".split() + [""]
     for _ in range(FUZZ):
         argv = [str(random.choice(options if random.random() < 0.5 else values)) for _ in range(random.integers(1, 5))]
@@ -1081,6 +1081,8 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     assert rows[0]["loops"] == 2 and rows[0]["order"] == "confidence" and rows[0]["checkpoint"] == model[1]
     assert [(r["group"], r["n"]) for r in rows[:3]] == [("0", 3), ("1", 3), ("all", 6)]
     assert rows[0]["nfe"] == rows[0]["layer_passes"] == 2 and 0 < rows[2]["cell"] < 1
+    code, out, _ = run_sample("sudoku", *model, "--data", "p.csv", *"--steps 1 --loops 9 --eps 99 --json".split())
+    assert code == 0 and json.loads(out)["nfe"] == 1 and json.loads(out)["eps"] == 99  # stops at once
     code, out, _ = run_sample("sudoku", "--data", "p.csv", "--classical")
     row = json.loads(out)
     assert code == 0 and row["n"] == 6 and row["search"] == 1 and row["mean"] > 0
