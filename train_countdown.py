@@ -401,7 +401,11 @@ def prepare(args, device):
     N = len(COORDS[args.numbers])
 
     def monitor(model):
-        return {name: evaluate(model, test[:128], steps=N)["solved"] for name, (test, _) in tests.items()}
+        scores = {name: evaluate(model, test[:128], steps=N)["solved"] for name, (test, _) in tests.items()}
+        x0 = torch.from_numpy(encode(*tests["held-out operands"])).long().to(device)
+        answer = torch.from_numpy(editable(N)).expand(*x0.shape).to(device)
+        bound = rmdm.nelbo(model, x0, answer, generator=torch.Generator(device).manual_seed(0)).mean()
+        return scores | dict(nelbo=bound.item())  # of the solution that it is trained on, not of any
 
     def report(model):
         L = model.config.loops

@@ -10,6 +10,7 @@ Needs matplotlib, which nothing else does.
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -69,26 +70,54 @@ def pivot(name, score, head, down):
     table(title, (*head, "n", *(f"T={T}" for T in steps), "NFE at each T"), *rows)
 
 
-def depth():
-    """K layers x L loops: a row for each model, the seeds side by side; and the figure."""
-    found = {}  # (K, L, steps, bias) -> for each seed the end of its log, with the head's facts, and scores
-    for log, scores in zip(seeds("sudoku-depth-seed?.jsonl"), seeds("sudoku-depth-seed?-eval.jsonl")):
+def models(name):
+    """For each seed a list of its models: (first line of the log, first and last line, {(set, T): scores})."""
+    for log, scores in zip(seeds(f"{name}-seed?.jsonl"), seeds(f"{name}-seed?-eval.jsonl")):
         starts = [i for i, row in enumerate(log) if row["step"] == 0] + [len(log)]
         names = dict.fromkeys(row["checkpoint"] for row in scores)
-        for i, j, name in zip(starts[:-1], starts[1:], names, strict=True):
-            at = {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == name}
-            key = tuple(log[i][fact] for fact in ("layers", "loops", "steps", "coord_bias"))
-            found.setdefault(key, []).append((log[i] | log[j - 1], at))
-    what, rows = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))], []
-    for (K, L, steps, bias), both in sorted(found.items(), key=lambda x: (x[0][3], x[0][2], x[1][0][0]["flops"])):
-        cells = (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, at in both) for key in what)
-        facts = f"{K} x {L}" + ", preset" * bias, f"{both[0][0]['parameters']:,}", steps, f"{both[0][0]['flops']:.1e}"
-        rows.append((*facts, " / ".join(f"{end['nelbo']:.1f}" for end, _ in both), *cells))
-    head = "K x L", "parameters", "steps", "training FLOPs", "NELBO, nats"
-    table("sudoku-depth", (*head, *(f"{name}, T={T}" for name, T in what)), *rows)
+        pairs = zip(starts[:-1], starts[1:], names, strict=True)  # both in the same order
+        at = {x: {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == x} for x in names}
+        yield [(log[i] | dict(name=x), log[i] | log[j - 1], at[x]) for i, j, x in pairs]
+
+
+def compare(name, found, what, label):
+    """A row for each model of `found`, with the scores at each (set, T) in `what`; the seeds side by side."""
+    printed = [path.read_text().split("\npreset ") for path in sorted(HERE.glob(f"{name}-seed?.txt"))]  # by training
+    rows = []
+    for i, both in enumerate(found):
+        head, end, _ = both[0]
+        cells = [" / ".join(f"{end['nelbo']:.1f}" for _, end, _ in both)]
+        if printed:
+            scores = (re.search(rf"^  L={end['loops']} .* (\S+)$", text[i], re.M)[1] for text in printed)
+            cells.append(" / ".join(scores))
+        cells += (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, _, at in both) for key in what)
+        rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{end['flops']:.1e}", *cells))
+    titles = ["held-out, T=81"] * bool(printed) + [f"{name}, T={T}" for name, T in what]
+    table(name, ("", "parameters", "steps", "training FLOPs", "NELBO, nats", *titles), *rows)
+
+
+def choices():
+    """What differs from the first model, the preset."""
+    found = list(zip(*models("sudoku-choices")))
+    base, facts = found[0][0][0], ("name", "parameters", "steps", "seed")
+
+    def label(head):
+        change = [f"{key}={x}" for key, x in head.items() if x != base.get(key, "none") and key not in facts]
+        return ", ".join(change) or Path(head["name"]).name[:-2]
+
+    compare("sudoku-choices", found, [("kaggle3m", T) for T in (5, 20, 81)], label)
+
+
+def depth():
+    """K layers x L loops: the table, and the figure."""
+    found = list(zip(*models("sudoku-depth")))
+    found.sort(key=lambda both: [both[0][1][fact] for fact in ("coord_bias", "steps", "flops")])
+    what = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))]
+    compare("sudoku-depth", found, what, lambda x: f"{x['layers']} x {x['loops']}{', preset' * x['coord_bias']}")
+    found = {tuple(x[0][0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
 
     def mean(both, key, what="exact"):
-        return sum(at[key][what] for _, at in both) / len(both)
+        return sum(at[key][what] for _, _, at in both) / len(both)
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for color, one, name in ("tab:blue", 0, "1 layer, L loops"), ("tab:orange", 1, "K layers, no loops"):
@@ -102,7 +131,7 @@ def depth():
         left.plot(8, 100 * mean(found[key], what[-1]), "*", color=color, ms=9, label=f"{name}, preset, equal steps")
     for L in (1, 2, 4, 8):
         both = found[1, L, 3000, False]
-        keys = [key for key in both[0][1] if key[0] == "kaggle3m"]
+        keys = [key for key in both[0][2] if key[0] == "kaggle3m"]
         points = [(mean(both, key, "nfe"), 100 * mean(both, key)) for key in keys]
         right.plot(*zip(*points), "-o", ms=4, lw=1, label=f"L = {L}")
     left.set(xlabel="layers x loops", ylabel="kaggle3m, T = 81, exact, %")
@@ -156,6 +185,7 @@ if __name__ == "__main__":
     pivot("sudoku-cpu", "exact", ["file"], lambda r: r["group"] == "all" and (set_name(r),))
     pivot("sudoku-cpu", "exact", ["kaggle3m"], lambda r: r["group"] != "all" and (r["group"],))
     depth()
+    choices()
     pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
     for name in ("loops", "plain-loops", "easy", "adaptive"):
         pivot(f"sudoku-{name}", "exact", ["L"], lambda r: (r["loops"],))
