@@ -266,14 +266,16 @@ class RMDM(nn.Module):
         layers = c.head_layers + loops * c.layers + reads * c.tail_layers
         return layers * layer + reads * N * 2 * c.width * (c.vocab - 1)
 
-    def forward(self, x_t, t, loops=None, read=None):
-        """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last)."""
+    def forward(self, x_t, t, loops=None, read=None, truncate=False):
+        """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last). With
+        `truncate` the loops before the first of those get no gradient."""
         loops = loops or self.config.loops
         read = read or (loops,)
         h0, c = self.encode(x_t, t)
         h, out = h0, []
         for l in range(1, loops + 1):
-            h = self.recur(h, l, h0, c)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (not truncate or l >= read[0])):
+                h = self.recur(h, l, h0, c)
             if l in read:
                 out.append(h)
         return self.decode(torch.cat(out)).view(len(out), *x_t.shape, -1)
@@ -300,7 +302,7 @@ def loop_weights(supervise, loops):
     return [x / sum(w) for x in w]
 
 
-def masked_ce(model, x0, editable, loops, read, generator, mass_t1=0.0):
+def masked_ce(model, x0, editable, loops, read, generator, mass_t1=0.0, truncate=False):
     """Mask x0 at random times t (B,), a share mass_t1 of them exactly 1, and take -log p_theta(x0^i | x_t), zero
     where not masked, after each loop in `read`: (len(read), B, N) nats. Also returns t and the share of masked
     tokens that the last gets right."""
@@ -308,24 +310,27 @@ def masked_ce(model, x0, editable, loops, read, generator, mass_t1=0.0):
     if mass_t1:
         t = torch.where(torch.rand(len(x0), generator=generator, device=x0.device) < mass_t1, 1.0, t)
     x_t, masked = corrupt(x0, t, editable, generator)
-    logits = model(x_t, t, loops, read).float()
+    logits = model(x_t, t, loops, read, truncate).float()
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
     ce = F.cross_entropy(logits.flatten(0, 2), target.repeat(len(read), 1).flatten(), reduction="none")
     right = (logits[-1].argmax(-1) == target).sum() / masked.sum().clamp(min=1)
     return ce.view(len(read), *x0.shape), t, right
 
 
-def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None, mass_t1=0.0):
+def loss(
+    model, x0, editable, objective="simple", supervise="all", loops=None, generator=None, mass_t1=0.0, truncate=False
+):
     """Training loss: the weighted mean over supervised loops of eq. (3) or (4), in nats per editable token.
 
     objective: "elbo", eq. (3), or "simple", eq. (4): the same without the weight 1/t. Both divide by the
     number of editable tokens in the batch, so that one learning rate suits both. Not by the number masked:
     that would differ by a factor of about 2; nor example by example: that is the any-order objective.
     mass_t1: the share of examples put at t = 1, all MASK, where sampling starts (ours; above 0, no bound).
+    truncate: no gradient through the loops before the first supervised one.
     Returns (loss, share of masked tokens that the last loop predicts right)."""
     loops = loops or model.config.loops
     weights = {l: w for l, w in enumerate(loop_weights(supervise, loops), 1) if w}
-    ce, t, right = masked_ce(model, x0, editable, loops, tuple(weights), generator, mass_t1)
+    ce, t, right = masked_ce(model, x0, editable, loops, tuple(weights), generator, mass_t1, truncate)
     if objective == "elbo":
         ce = ce * nelbo_weight(t)[:, None]
     w = torch.tensor(list(weights.values()), device=x0.device)
@@ -481,6 +486,7 @@ class TrainConfig:
     supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
     mass_t1: float = 0.0  # share of examples at t = 1, all MASK: no gain seen yet, see the README
     loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
+    truncate: bool = False  # no gradient through the loops before the first supervised one: another "truncated"
     curriculum: str = "none"  # grow or shrink: the loop count goes from loops_min to loops over the run, or back
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
@@ -696,7 +702,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(config.batch, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                how = config.objective, config.supervise, loops, generator, config.mass_t1
+                how = config.objective, config.supervise, loops, generator, config.mass_t1, config.truncate
                 value, right = loss(model, x0, editable, *how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -708,7 +714,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                 for average, w in zip(ema.parameters(), model.parameters()):
                     average.lerp_(w, 1 - decay)
             reads = sum(w > 0 for w in loop_weights(config.supervise, loops))
-            flops += 3 * len(x0) * model.flops(loops, reads)  # backward costs twice forward
+            back = reads if config.truncate else loops
+            flops += len(x0) * (model.flops(loops, reads) + 2 * model.flops(back, reads))  # backward: twice forward
             recent.append(torch.stack([value.detach(), right, norm]))
             last = step == config.steps or bool(interrupted)
             evaluating = step == config.steps or step % config.eval_every == 0

@@ -64,7 +64,7 @@ class Perfect(nn.Module):
 
     config = Config(vocab=3, coords=3, loops=1)
 
-    def forward(self, x_t, t, loops=None, read=None):
+    def forward(self, x_t, t, loops=None, read=None, truncate=False):
         states = torch.tensor(STATES)
         agree = ((x_t[:, None] == states) | (x_t[:, None] == MASK)).all(2)  # (B, 8)
         joint = agree * PROBS
