@@ -15,7 +15,7 @@ References
 Map: equation numbers (1) to (7) are this project's own; the README lists them.
     1. Schedule and forward process    eqs. (1), (3)    alpha, nelbo_weight, sample_t, corrupt
     2. Recursive transformer           eqs. (2), (7)    Config, Layer, RMDM
-    3. Loss                            eqs. (3) to (5)  loop_weights, masked_ce, loss, nelbo
+    3. Loss                            eqs. (3) to (5)  supervised, masked_ce, loss, nelbo
     4. Sampler                         eqs. (6), (7)    certainty, sample, sample_all
     5. Training loop, checkpoints                       TrainConfig, Muon, pick_device, save, load, train
     6. Command line of the training scripts             configure, grid, launch, cli
@@ -266,15 +266,15 @@ class RMDM(nn.Module):
         layers = c.head_layers + loops * c.layers + reads * c.tail_layers
         return layers * layer + reads * N * 2 * c.width * (c.vocab - 1)
 
-    def forward(self, x_t, t, loops=None, read=None, truncate=False):
-        """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last). With
-        `truncate` the loops before the first of those get no gradient."""
+    def forward(self, x_t, t, loops=None, read=None, grad_from=1):
+        """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last). Loops
+        before `grad_from` run without gradient."""
         loops = loops or self.config.loops
         read = read or (loops,)
         h0, c = self.encode(x_t, t)
         h, out = h0, []
         for l in range(1, loops + 1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and (not truncate or l >= read[0])):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and l >= grad_from):
                 h = self.recur(h, l, h0, c)
             if l in read:
                 out.append(h)
@@ -286,55 +286,44 @@ class RMDM(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 
 
-def loop_weights(supervise, loops):
-    """Weight of the cross-entropy at each loop, eq. (5): a list of L numbers that sum to 1.
+def supervised(supervise, loops):
+    """The loops whose read-off is in the loss, eq. (5), all with equal weight: a range, counted from 1.
 
-    supervise: "all" (equal weights), "final", "growing" (in proportion to l) or a number M, the last M
-    loops alone (our reading of the paper's "truncated" supervision)."""
+    supervise: "all", "final", or a number M: the last M loops, and those before run without gradient. That is
+    our reading of the paper's "truncated" supervision; it makes loops beyond the M nearly three times cheaper."""
     supervise = str(supervise)
-    if supervise == "growing":
-        w = list(range(1, loops + 1))
-    else:
-        if supervise not in ("all", "final") and not (supervise.isdecimal() and int(supervise)):
-            raise BadInput(f"supervise is all, final, growing or a number from 1, not {supervise!r}")
-        last = {"all": loops, "final": 1}.get(supervise) or int(supervise)
-        w = [int(l > loops - last) for l in range(1, loops + 1)]
-    return [x / sum(w) for x in w]
+    if supervise not in ("all", "final") and not (supervise.isdecimal() and int(supervise)):
+        raise BadInput(f"supervise is all, final or a number from 1, not {supervise!r}")
+    last = {"all": loops, "final": 1}.get(supervise) or int(supervise)
+    return range(max(loops - last, 0) + 1, loops + 1)
 
 
-def masked_ce(model, x0, editable, loops, read, generator, mass_t1=0.0, truncate=False):
-    """Mask x0 at random times t (B,), a share mass_t1 of them exactly 1, and take -log p_theta(x0^i | x_t), zero
-    where not masked, after each loop in `read`: (len(read), B, N) nats. Also returns t and the share of masked
-    tokens that the last gets right."""
-    t = sample_t(len(x0), generator, x0.device)
-    if mass_t1:
-        t = torch.where(torch.rand(len(x0), generator=generator, device=x0.device) < mass_t1, 1.0, t)
+def masked_ce(model, x0, editable, t, loops, read, generator, grad_from=1):
+    """Mask x0 at times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked, after each loop in
+    `read`: (len(read), B, N) nats. Also returns the share of masked tokens that the last gets right."""
     x_t, masked = corrupt(x0, t, editable, generator)
-    logits = model(x_t, t, loops, read, truncate).float()
+    logits = model(x_t, t, loops, read, grad_from).float()
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
     ce = F.cross_entropy(logits.flatten(0, 2), target.repeat(len(read), 1).flatten(), reduction="none")
     right = (logits[-1].argmax(-1) == target).sum() / masked.sum().clamp(min=1)
-    return ce.view(len(read), *x0.shape), t, right
+    return ce.view(len(read), *x0.shape), right
 
 
-def loss(
-    model, x0, editable, objective="simple", supervise="all", loops=None, generator=None, mass_t1=0.0, truncate=False
-):
-    """Training loss: the weighted mean over supervised loops of eq. (3) or (4), in nats per editable token.
+def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None):
+    """Training loss: the mean over supervised loops of eq. (3) or (4), in nats per editable token.
 
     objective: "elbo", eq. (3), or "simple", eq. (4): the same without the weight 1/t. Both divide by the
     number of editable tokens in the batch, so that one learning rate suits both. Not by the number masked:
     that would differ by a factor of about 2; nor example by example: that is the any-order objective.
-    mass_t1: the share of examples put at t = 1, all MASK, where sampling starts (ours; above 0, no bound).
-    truncate: no gradient through the loops before the first supervised one.
     Returns (loss, share of masked tokens that the last loop predicts right)."""
     loops = loops or model.config.loops
-    weights = {l: w for l, w in enumerate(loop_weights(supervise, loops), 1) if w}
-    ce, t, right = masked_ce(model, x0, editable, loops, tuple(weights), generator, mass_t1, truncate)
+    read = supervised(supervise, loops)
+    grad_from = 1 if supervise == "final" else read[0]
+    t = sample_t(len(x0), generator, x0.device)
+    ce, right = masked_ce(model, x0, editable, t, loops, read, generator, grad_from)
     if objective == "elbo":
         ce = ce * nelbo_weight(t)[:, None]
-    w = torch.tensor(list(weights.values()), device=x0.device)
-    return (w * ce.sum((1, 2))).sum() / editable.sum().clamp(min=1), right
+    return ce.sum((1, 2)).mean() / editable.sum().clamp(min=1), right
 
 
 @torch.no_grad()
@@ -342,7 +331,8 @@ def nelbo(model, x0, editable, loops=None, generator=None):
     """One unbiased estimate of the NELBO, eq. (3), for each example: (B,) nats, final loop. Its mean bounds
     the mean of -log p(x0 at the editable positions | the others) from above."""
     loops = loops or model.config.loops
-    ce, t, _ = masked_ce(model, x0, editable, loops, (loops,), generator)
+    t = sample_t(len(x0), generator, x0.device)
+    ce, _ = masked_ce(model, x0, editable, t, loops, (loops,), generator)
     return nelbo_weight(t) * ce[0].sum(1)
 
 
@@ -483,24 +473,19 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
-    supervise: str = "all"  # eq. (5): all, final, growing, or a number M for the last M loops
-    mass_t1: float = 0.0  # share of examples at t = 1, all MASK: no gain seen yet, see the README
+    supervise: str = "all"  # eq. (5): all, final, or a number M for the last M loops, without gradient before
     loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
-    truncate: bool = False  # no gradient through the loops before the first supervised one: another "truncated"
-    curriculum: str = "none"  # grow or shrink: the loop count goes from loops_min to loops over the run, or back
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
     eval_every: int = 1000  # steps; one evaluation takes seconds
     save_every: int = 500  # steps: about half a minute that a power cut may cost
 
     def __post_init__(self):
-        loop_weights(self.supervise, 1)  # raises BadInput
+        supervised(self.supervise, 1)  # raises BadInput
         if self.objective not in ("simple", "elbo"):
             raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
-        if self.curriculum not in ("none", "grow", "shrink") or (self.curriculum != "none" and not self.loops_min):
-            raise BadInput("curriculum is none, or, with a loops_min of at least 1, grow or shrink")
-        if self.loops_min < 0 or not 0 <= self.mass_t1 <= 1 or not 0 <= self.ema < 1:
-            raise BadInput("loops_min is at least 0, mass_t1 from 0 to 1, ema from 0 to below 1")
+        if self.loops_min < 0 or not 0 <= self.ema < 1:
+            raise BadInput("loops_min is at least 0, ema from 0 to below 1")
         if not (self.lr > 0 and self.lr_rest > 0 and self.clip > 0 and self.weight_decay >= 0):  # nan is neither
             raise BadInput("lr, lr_rest and clip are above 0, weight_decay at least 0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
@@ -518,7 +503,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in group["params"]:
+            for w in (w for w in group["params"] if w.grad is not None):
                 m = self.state[w].setdefault("momentum", torch.zeros_like(w))
                 m.lerp_(w.grad, 0.05)
                 x = w.grad.lerp(m, 0.95)  # Nesterov
@@ -694,16 +679,11 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             for optimizer, peak in zip(optimizers, (config.lr, config.lr_rest)):
                 optimizer.param_groups[0]["lr"] = scale * peak
             loops = model.config.loops
-            if config.curriculum != "none":  # our readings of the paper's "reverse curriculum on L"
-                share = (step - 1) / config.steps
-                share = 1 - share - 1 / config.steps if config.curriculum == "shrink" else share
-                loops = config.loops_min + int((loops + 1 - config.loops_min) * share)
-            elif config.loops_min:
+            if config.loops_min:
                 loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(config.batch, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                how = config.objective, config.supervise, loops, generator, config.mass_t1, config.truncate
-                value, right = loss(model, x0, editable, *how)
+                value, right = loss(model, x0, editable, config.objective, config.supervise, loops, generator)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             for optimizer in optimizers:
@@ -713,9 +693,9 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             with torch.no_grad():
                 for average, w in zip(ema.parameters(), model.parameters()):
                     average.lerp_(w, 1 - decay)
-            reads = sum(w > 0 for w in loop_weights(config.supervise, loops))
-            back = reads if config.truncate else loops
-            flops += len(x0) * (model.flops(loops, reads) + 2 * model.flops(back, reads))  # backward: twice forward
+            reads = len(supervised(config.supervise, loops))
+            back = loops if config.supervise == "final" else reads  # loops with gradient: that costs twice forward
+            flops += len(x0) * (model.flops(loops, reads) + 2 * model.flops(back, reads))
             recent.append(torch.stack([value.detach(), right, norm]))
             last = step == config.steps or bool(interrupted)
             evaluating = step == config.steps or step % config.eval_every == 0

@@ -358,11 +358,14 @@ def judge(problem, tokens, trace):
 # 6. The command
 # ---------------------------------------------------------------------------------------------------
 
+PROBLEMS = 500_000  # to train on: one pass of the preset sees about as many
 TEST = 512  # problems in each of the two tests: a standard error of two points
 
 
 def presets(args):
     if args.data:
+        if args.problems or args.top:
+            raise BadInput("--data brings its own problems: leave out --problems and --top")
         n = next(read_file(args.data, 1), [np.zeros((1, 4))])[0].shape[1] - 1
         if args.numbers not in (None, n):
             raise BadInput(f"{args.data}: has problems with {n} operands, not {args.numbers}")
@@ -391,7 +394,7 @@ def prepare(args, device):
         if not equations.any((1, 2)).all():
             raise BadInput(f"{args.data}: training needs a solution for every problem")
     else:
-        problems, equations = generate(args.numbers, args.problems, args.top, args.seed)
+        problems, equations = generate(args.numbers, args.problems or PROBLEMS, args.top or TOP, args.seed)
     seen, *tests = split(problems, equations, args.seed)
     tests = {name: test for name, test in zip(("held-out operands", "held-out targets"), tests) if len(test[0])}
     if not len(seen[0]) or "held-out operands" not in tests:
@@ -424,10 +427,8 @@ def prepare(args, device):
 def main():
     options = {
         "--numbers": dict(type=int, choices=(3, 4, 5), help="operands; default: 3 for the cpu preset, else 4"),
-        "--top": dict(type=rmdm.within(int, 4, TOP), default=TOP, help="largest operand (default: as published)"),
-        "--problems": dict(
-            type=rmdm.within(int, 1000, 10**9), default=500_000, help="how many to generate (default: %(default)s)"
-        ),
+        "--top": dict(type=rmdm.within(int, 4, TOP), help=f"largest operand (default: {TOP}, as published)"),
+        "--problems": dict(type=rmdm.within(int, 1000, 10**9), help=f"how many to generate (default: {PROBLEMS})"),
         "--data": dict(metavar="FILE", help="train on a published jsonl file, some of it held out"),
     }
     rmdm.launch("countdown", __doc__, presets, prepare, options)

@@ -5,7 +5,7 @@
     python train_sudoku.py --preset gpu                 # for one modern GPU, not measured on one yet
     python train_sudoku.py --resume runs/sudoku         # goes on where an interrupted run stopped
     python train_sudoku.py --data sudoku.csv            # trains on a published file, not generated puzzles
-    python train_sudoku.py --set loops=4 inject=false   # any field of rmdm.Config and rmdm.TrainConfig
+    python train_sudoku.py --set width=128 steps=3000   # any field of rmdm.Config and rmdm.TrainConfig
 
 A board is 81 tokens, row by row: the digits are their own ids and a blank is MASK = 0, so that
 
@@ -393,20 +393,23 @@ def judge(puzzle, tokens, trace):
 # 5. The command
 # ---------------------------------------------------------------------------------------------------
 
+PUZZLES = 10_000  # to train on: symmetries make many of each
 HELD_OUT = 256  # puzzles kept for evaluation: the table at the end takes half a minute on a CPU
 
 
 def presets(args):
-    coords = 81 if args.plain_index else COORDS
+    if args.data and args.puzzles:
+        raise BadInput("--data brings its own puzzles: leave out --puzzles")
+    depth = dict(loops_min=8, supervise="8")  # 8 to 16 loops, the last 8 with gradient: keeps improving beyond 16
     return {
         "cpu": (
-            rmdm.Config(10, coords, width=64, heads=2, layers=1, loops=8, inject=True, coord_bias=True),
-            rmdm.TrainConfig(steps=6500, batch=32),
+            rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=16, inject=True, coord_bias=True),
+            rmdm.TrainConfig(steps=5500, batch=32, **depth),
             "about ten minutes on two CPU cores, data and evaluation included",
         ),
         "gpu": (
-            rmdm.Config(10, coords, width=256, heads=4, layers=2, loops=8, inject=True, coord_bias=True),
-            rmdm.TrainConfig(steps=10_000, batch=512, lr=0.01, lr_rest=2e-3, warmup=500),
+            rmdm.Config(10, COORDS, width=256, heads=4, layers=2, loops=16, inject=True, coord_bias=True),
+            rmdm.TrainConfig(steps=8_500, batch=512, lr=0.01, lr_rest=2e-3, warmup=500, **depth),
             "meant for ten minutes of one modern GPU (not measured on one yet)",
         ),
     }
@@ -420,7 +423,7 @@ def prepare(args, device):
         if not (solutions != MASK).all():
             raise BadInput(f"{args.data}: training needs a solution for every puzzle")
     else:
-        puzzles, solutions = generated(args.puzzles + HELD_OUT, args.seed)
+        puzzles, solutions = generated((args.puzzles or PUZZLES) + HELD_OUT, args.seed)
     seen, test = split(puzzles, solutions, HELD_OUT)
     if not len(seen[0]):
         raise BadInput("nothing left to train on: every grid is a held-out one")
@@ -444,9 +447,8 @@ def prepare(args, device):
 def main():
     options = {
         "--data": dict(metavar="FILE", help=f"train on a published file, its last {HELD_OUT} puzzles held out"),
-        "--puzzles": dict(type=rmdm.within(int, 1, 10**8), default=10_000, help="to generate (default: %(default)s)"),
+        "--puzzles": dict(type=rmdm.within(int, 1, 10**8), help=f"how many to generate (default: {PUZZLES})"),
     }
-    options["--plain-index"] = dict(action="store_true", help="cells known by number, not by row, column and box")
     rmdm.launch("sudoku", __doc__, presets, prepare, options)
 
 

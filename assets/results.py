@@ -113,7 +113,7 @@ def depth():
     found = list(zip(*models("sudoku-depth")))
     found.sort(key=lambda both: [both[0][1][fact] for fact in ("coord_bias", "steps", "flops")])
     what = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))]
-    compare("sudoku-depth", found, what, lambda x: f"{x['layers']} x {x['loops']}{', preset' * x['coord_bias']}")
+    compare("sudoku-depth", found, what, lambda x: f"{x['layers']} x {x['loops']}{', with additions' * x['coord_bias']}")
     found = {tuple(x[0][0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
 
     def mean(both, key, what="exact"):
@@ -128,7 +128,7 @@ def depth():
             points = sorted((key[0] * key[1], 100 * mean(found[key], what[-1])) for key in chosen)
             left.plot(*zip(*points), style, color=color, ms=4, lw=1, label=f"{name}, equal {equal}")
         key = (1, 8, 3000, True) if one == 0 else (8, 1, 3000, True)
-        left.plot(8, 100 * mean(found[key], what[-1]), "*", color=color, ms=9, label=f"{name}, preset, equal steps")
+        left.plot(8, 100 * mean(found[key], what[-1]), "*", color=color, ms=9, label=f"{name}, additions, equal steps")
     for L in (1, 2, 4, 8):
         both = found[1, L, 3000, False]
         keys = [key for key in both[0][2] if key[0] == "kaggle3m"]
@@ -163,8 +163,8 @@ def recursion():
     L, x = model.config.loops, torch.from_numpy(sudoku.parse(PUZZLE)).long()[None]
     with torch.no_grad():
         sure, digit = model(x, torch.ones(1), L, range(1, L + 1))[:, 0].softmax(-1).max(-1)
-    fig, axes = plt.subplots(2, (L + 1) // 2, figsize=(11, 6))
-    for l, ax in enumerate(axes.flat[:L]):
+    fig, axes = plt.subplots(2, 4, figsize=(11, 6))
+    for l, ax in zip(range(L // 8 - 1, L, L // 8), axes.flat):
         blank = x[0] == rmdm.MASK
         ax.imshow(torch.where(blank, sure[l], math.nan).view(9, 9), cmap="YlGn", vmin=0.1, vmax=1.4)
         for i in range(81):
