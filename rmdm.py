@@ -474,7 +474,7 @@ class TrainConfig:
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
     supervise: str = "all"  # eq. (5): all, final, or a number M for the last M loops, without gradient before
-    loops_min: int = 0  # above 0: the loop count is drawn from loops_min..loops at each step, eq. (7)
+    loops_min: int = 0  # from 1 to loops - 1: the loop count is drawn from loops_min..loops at each step, eq. (7)
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
     eval_every: int = 1000  # steps; one evaluation takes seconds
@@ -616,8 +616,6 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                         to one that was never interrupted, if batch draws from its generator alone
 
     Raises BadInput for a folder that holds another run, a loss that is no number, no room to write."""
-    if config.loops_min > model.config.loops:
-        raise BadInput(f"loops_min={config.loops_min} is more than loops={model.config.loops}")
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     out = Path(out)
@@ -679,7 +677,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             for optimizer, peak in zip(optimizers, (config.lr, config.lr_rest)):
                 optimizer.param_groups[0]["lr"] = scale * peak
             loops = model.config.loops
-            if config.loops_min:
+            if 0 < config.loops_min < loops:
                 loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(config.batch, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda):

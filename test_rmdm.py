@@ -1100,7 +1100,6 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["--resume", "runs/sudoku/model.pt"], "weights only"),
         (["--resume", "runs/sudoku", "--set", "steps=9"], "leave out --set"),
         (["--out", "b", "--puzzles", "0"], "argument --puzzles"),
-        (["--out", "b", "--set", "loops_min=9", "--puzzles", "8"], "loops_min=9 is more"),
         (["--out", "b", "--device", "mps"], "no mps device"),
         (["--out", "b", "--set", "stepz=3"], "no field 'stepz'"),
         (["--out", "b", "--set", "steps=many"], "steps must be of type int"),
