@@ -287,15 +287,18 @@ class RMDM(nn.Module):
 
 
 def supervised(supervise, loops):
-    """The loops whose read-off is in the loss, eq. (5), all with equal weight: a range, counted from 1.
+    """The loops whose read-off is in the loss, eq. (5), all with equal weight: a range, counted from 1. And the
+    first loop with gradient.
 
-    supervise: "all", "final", or a number M: the last M loops, and those before run without gradient. That is
-    our reading of the paper's "truncated" supervision; it makes loops beyond the M nearly three times cheaper."""
+    supervise: "all"; "final", the last, with gradient through all loops; or a number M: the last M, and those
+    before run without gradient. That is our reading of the paper's "truncated" supervision: it needs injection,
+    or else E has no gradient, and it makes each loop beyond the M nearly three times cheaper."""
     supervise = str(supervise)
-    if supervise not in ("all", "final") and not (supervise.isdecimal() and int(supervise)):
-        raise BadInput(f"supervise is all, final or a number from 1, not {supervise!r}")
+    if not re.fullmatch("all|final|0*[1-9][0-9]{0,5}", supervise):
+        raise BadInput(f"supervise is all, final or a number from 1, not {supervise[:40]!r}")
     last = {"all": loops, "final": 1}.get(supervise) or int(supervise)
-    return range(max(loops - last, 0) + 1, loops + 1)
+    read = range(max(loops - last, 0) + 1, loops + 1)
+    return read, 1 if supervise == "final" else read[0]
 
 
 def masked_ce(model, x0, editable, t, loops, read, generator, grad_from=1):
@@ -317,8 +320,7 @@ def loss(model, x0, editable, objective="simple", supervise="all", loops=None, g
     that would differ by a factor of about 2; nor example by example: that is the any-order objective.
     Returns (loss, share of masked tokens that the last loop predicts right)."""
     loops = loops or model.config.loops
-    read = supervised(supervise, loops)
-    grad_from = 1 if supervise == "final" else read[0]
+    read, grad_from = supervised(supervise, loops)
     t = sample_t(len(x0), generator, x0.device)
     ce, right = masked_ce(model, x0, editable, t, loops, read, generator, grad_from)
     if objective == "elbo":
@@ -503,7 +505,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for w in (w for w in group["params"] if w.grad is not None):
+            for w in group["params"]:
                 m = self.state[w].setdefault("momentum", torch.zeros_like(w))
                 m.lerp_(w.grad, 0.05)
                 x = w.grad.lerp(m, 0.95)  # Nesterov
@@ -616,6 +618,9 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                         to one that was never interrupted, if batch draws from its generator alone
 
     Raises BadInput for a folder that holds another run, a loss that is no number, no room to write."""
+    if not model.config.inject and supervised(config.supervise, model.config.loops)[1] > 1:
+        why = "without injection the loops before pass no gradient to the embeddings"
+        raise BadInput(f"supervise={config.supervise} of {model.config.loops} loops needs inject=true: {why}")
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     out = Path(out)
@@ -680,7 +685,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             if 0 < config.loops_min < loops:
                 loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(config.batch, generator)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            # no cache: a cast first made in a loop without gradient would be used in the others (torch <= 2.9)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
                 value, right = loss(model, x0, editable, config.objective, config.supervise, loops, generator)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -691,9 +697,9 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
             with torch.no_grad():
                 for average, w in zip(ema.parameters(), model.parameters()):
                     average.lerp_(w, 1 - decay)
-            reads = len(supervised(config.supervise, loops))
-            back = loops if config.supervise == "final" else reads  # loops with gradient: that costs twice forward
-            flops += len(x0) * (model.flops(loops, reads) + 2 * model.flops(back, reads))
+            read, grad_from = supervised(config.supervise, loops)
+            forward, backward = (model.flops(n, len(read)) for n in (loops, loops + 1 - grad_from))
+            flops += len(x0) * (forward + 2 * backward)  # loops without gradient go forward only
             recent.append(torch.stack([value.detach(), right, norm]))
             last = step == config.steps or bool(interrupted)
             evaluating = step == config.steps or step % config.eval_every == 0
@@ -801,10 +807,11 @@ def launch(task, doc, presets, prepare, options):
         if "optimizers" not in ckpt:
             raise BadInput(f"{args.resume}: holds weights only, nothing to resume")
         try:
-            begun = argparse.Namespace(**ckpt["args"] | {"out": str(out), "device": ckpt["device"]})
+            known = vars(parser.parse_args([])) | ckpt["args"]  # an option added since has its default
+            begun = argparse.Namespace(**known | {"out": str(out), "device": ckpt["device"]})
             config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
         except (KeyError, TypeError, ValueError) as e:
-            raise BadInput(f"{args.resume}: a damaged checkpoint ({e})") from e
+            raise BadInput(f"{args.resume}: damaged, or made by another version of this code ({e})") from e
         if args.device not in ("auto", begun.device):
             raise BadInput(f"{out}: begun on {begun.device}, cannot go on elsewhere")
         args = begun
@@ -820,7 +827,7 @@ def launch(task, doc, presets, prepare, options):
     torch.manual_seed(args.seed)
     try:
         model = RMDM(config).to(device)
-    except RuntimeError as e:
+    except (RuntimeError, TypeError) as e:
         raise BadInput(f"no room for this model: {str(e).splitlines()[0]}") from e
     size = f"{sum(w.numel() for w in model.parameters()):,} parameters, d={config.width}"
     print(f"{task} on {device}: K={config.layers} layers x L={config.loops} loops, {size}")

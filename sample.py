@@ -93,7 +93,7 @@ def show_loops(task, model, x, editable, loops):
         title = f"loop {l + 1}: {int((sure[l, editable] >= 0.9).sum())}/{int(editable.sum())} > 90%"
         blocks.append([title.ljust(21), *task.draw(cells)])
     across = 3 if len(blocks[0]) > 2 else 1  # grids side by side, lines one below the other
-    for i in range(0, loops, across):
+    for i in range(0, len(blocks), across):
         print(side_by_side(*blocks[i : i + across]), "\n" if across > 1 else "")
 
 
@@ -198,7 +198,7 @@ def main():
     add("--show", action="store_true", help="show the denoising: one step loop by loop, then step by step")
     add("--steps", metavar="T,...", help="denoising steps; default: as many as there are positions")
     add("--loops", help="loops L in each step, a number or `adaptive`; default: as trained")
-    add("--eps", type=rmdm.within(float, 0, 100), help=f"stop the loops when h changes by less; adaptive: {EPS}")
+    add("--eps", type=rmdm.within(float, 1e-6, 1e6), help=f"stop when h changes by a smaller share; adaptive: {EPS}")
     add("--order", choices=rmdm.ORDERS, default="confidence")
     add("--threshold", type=rmdm.within(float, 0, 1), help="at each step reveal all that is at least this sure")
     add("--temperature", type=rmdm.within(float, 0, 100), help="of the tokens drawn; default: 1 if ancestral, else 0")

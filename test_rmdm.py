@@ -138,27 +138,32 @@ def test_a_kept_mask_does_not_spoil_the_loss():
 
 
 def test_supervised_loops_by_hand():
-    loops = {name: list(rmdm.supervised(name, 4)) for name in ("all", "final", "2", 2, "9")}
-    assert loops == {"all": [1, 2, 3, 4], "final": [4], "2": [3, 4], 2: [3, 4], "9": [1, 2, 3, 4]}
+    loops = {name: rmdm.supervised(name, 4) for name in ("all", "final", "1", 2, "9")}
+    expected = {"all": ([1, 2, 3, 4], 1), "final": ([4], 1), "1": ([4], 4), 2: ([3, 4], 3), "9": ([1, 2, 3, 4], 1)}
+    assert {name: (list(read), grad_from) for name, (read, grad_from) in loops.items()} == expected
 
 
-def test_truncated_supervision_is_a_detached_prefix():
+@pytest.mark.parametrize("supervise, prefix", [("2", 2), ("1", 3), ("final", 0), ("all", 0)])
+def test_loops_before_the_supervised_ones_are_detached(supervise, prefix):
     m, g = tiny(loops=4, inject=True), generator(2)
     x0 = torch.randint(1, 4, (4, 3), generator=generator(1))
-    value, _ = rmdm.loss(m, x0, torch.ones_like(x0, dtype=torch.bool), "simple", "2", generator=generator(2))
+    everywhere = torch.ones_like(x0, dtype=torch.bool)
+    value, _ = rmdm.loss(m, x0, everywhere, "simple", supervise, generator=generator(2))
     value.backward()
-    grads = [w.grad.clone() for w in m.parameters()]
+    grads = {name: w.grad.clone() for name, w in m.named_parameters()}
     m.zero_grad()
-    x_t, masked = rmdm.corrupt(x0, rmdm.sample_t(4, g), torch.ones_like(x0, dtype=torch.bool), g)
-    h0, c = m.encode(x_t, torch.ones(4))
-    h, total = m.recur(m.recur(h0, 1, h0, c), 2, h0, c).detach(), 0.0
-    for l in (3, 4):
+    x_t, masked = rmdm.corrupt(x0, rmdm.sample_t(4, g), everywhere, g)
+    h, c = m.encode(x_t, torch.ones(4))
+    h0, losses = h, []
+    for l in range(1, 5):
         h = m.recur(h, l, h0, c)
-        total += F.cross_entropy(m.decode(h)[masked], x0[masked], reduction="sum") / 2
-    (total / x0.numel()).backward()
-    assert value.item() == pytest.approx(total.item() / x0.numel(), rel=1e-5)
-    assert all(torch.allclose(w.grad, grad, atol=1e-5) for w, grad in zip(m.parameters(), grads))
-    assert not m.loop.weight.grad[:2].any() and m.loop.weight.grad[2:].all()
+        h = h.detach() if l <= prefix else h
+        losses.append(F.cross_entropy(m.decode(h)[masked], x0[masked], reduction="sum") / x0.numel())
+    read = losses if supervise == "all" else losses[-1:] if supervise == "final" else losses[prefix:]
+    (sum(read) / len(read)).backward()
+    assert value.item() == pytest.approx(sum(read).item() / len(read), rel=1e-5)
+    assert all(torch.allclose(w.grad, grads[name], atol=1e-5) for name, w in m.named_parameters())
+    assert grads["loop.weight"].any(1).tolist() == [l > prefix for l in range(1, 5)]
 
 
 @pytest.mark.parametrize("objective", ["simple", "elbo"])
@@ -171,7 +176,7 @@ def test_loss_by_hand(objective, supervise):
     g = generator(2)
     t = rmdm.sample_t(B, g)
     x_t, masked = rmdm.corrupt(x0, t, editable, g)
-    read, expected, hits = rmdm.supervised(supervise, L), 0.0, []
+    (read, _), expected, hits = rmdm.supervised(supervise, L), 0.0, []
     for b, i, l in itertools.product(range(B), range(N), range(1, L + 1)):
         if masked[b, i]:
             log_p = model(x_t, t, L, read=(l,))[0, b, i].log_softmax(-1)
@@ -724,14 +729,14 @@ def toy_batch(n, g):
     return x0, torch.ones_like(x0, dtype=torch.bool)
 
 
-def toy_model():
+def toy_model(**kwargs):
     torch.manual_seed(0)
-    return rmdm.RMDM(Config(vocab=4, coords=4, width=16, loops=2))
+    return rmdm.RMDM(Config(vocab=4, coords=4, width=16, **{"loops": 2} | kwargs))
 
 
 def test_a_resumed_run_ends_bit_identical(tmp_path):
-    config = TrainConfig(steps=24, batch=4, warmup=5, eval_every=10, save_every=10, loops_min=1)
-    rmdm.train(toy_model(), config, toy_batch, lambda m: {"done": 1}, tmp_path / "whole")
+    config = TrainConfig(steps=24, batch=4, warmup=5, eval_every=10, save_every=10, loops_min=1, supervise="1")
+    rmdm.train(toy_model(inject=True), config, toy_batch, lambda m: {"done": 1}, tmp_path / "whole")
     calls = []
 
     def stopping(n, g):
@@ -741,10 +746,10 @@ def test_a_resumed_run_ends_bit_identical(tmp_path):
         return toy_batch(n, g)
 
     with pytest.raises(KeyboardInterrupt):
-        rmdm.train(toy_model(), config, stopping, lambda m: {"done": 1}, tmp_path / "cut")
+        rmdm.train(toy_model(inject=True), config, stopping, lambda m: {"done": 1}, tmp_path / "cut")
     half = rmdm.read_checkpoint(tmp_path / "cut")
     assert half["step"] == 13
-    rmdm.train(toy_model(), config, toy_batch, lambda m: {"done": 1}, tmp_path / "cut", resume=half)
+    rmdm.train(toy_model(inject=True), config, toy_batch, lambda m: {"done": 1}, tmp_path / "cut", resume=half)
     whole, cut = (rmdm.read_checkpoint(tmp_path / name) for name in ("whole", "cut"))
     for part in ("model", "ema"):
         assert all(torch.equal(w, cut[part][name]) for name, w in whole[part].items())
@@ -752,6 +757,27 @@ def test_a_resumed_run_ends_bit_identical(tmp_path):
     assert not torch.equal(half["ema"]["token.weight"], cut["ema"]["token.weight"])
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/log.jsonl").read_text().splitlines()]
     assert steps == [0, 10, 13, 20, 24]
+
+
+def test_loops_are_drawn_and_their_cost_is_counted(tmp_path):
+    """The FLOPs in the log are those that torch counts, and the loops those of loops_min."""
+    for k, (loops_min, supervise, expected) in enumerate([(2, "2", {2, 3, 4}), (9, "all", {4}), (0, "final", {4})]):
+        seen, count, model = [], [], toy_model(loops=4, inject=True)
+        model.register_forward_pre_hook(lambda m, args: seen.append(args[2]))
+        with FlopCounterMode(display=False) as counter:
+            config = TrainConfig(steps=30, batch=2, loops_min=loops_min, supervise=supervise)
+            look = lambda m: count.append(counter.get_total_flops()) or {}  # noqa: E731
+            rmdm.train(model, config, toy_batch, look, tmp_path / str(k))
+        assert set(seen) == expected and len(seen) == 30
+        muon = 30 * sum(5 * (4 * a * a * b + 2 * a**3) for a, b in ((16, 48), (16, 16), (16, 64), (16, 64)))
+        logged = json.loads((tmp_path / str(k) / "log.jsonl").read_text().splitlines()[-1])["flops"]
+        assert count[0] - muon == logged
+
+
+def test_a_prefix_without_gradient_needs_injection(tmp_path):
+    with pytest.raises(BadInput, match="supervise=1 of 2 loops needs inject=true"):
+        rmdm.train(toy_model(), TrainConfig(supervise="1"), toy_batch, lambda m: {}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_from_another_program(tmp_path):
@@ -1043,7 +1069,7 @@ def test_hostile_options_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
 
 def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     monkeypatch.chdir(tmp_path)
-    small = "steps=3 batch=4 width=8 heads=1 loops=2 warmup=1".split()
+    small = "steps=3 batch=4 width=8 heads=1 loops=2 loops_min=1 supervise=1 warmup=1".split()
     run_sudoku = lambda *argv: run(capsys, monkeypatch, sudoku, *argv)  # noqa: E731
     run_sample = lambda *argv: run(capsys, monkeypatch, sample, *argv)  # noqa: E731
     monkeypatch.setattr(sudoku, "HELD_OUT", 4)
@@ -1088,7 +1114,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     for argv, says in [
         ([], "already holds a run"),
         (["--resume", "odd1"], "cannot go on from this checkpoint"),
-        (["--resume", "odd2"], "a damaged checkpoint"),
+        (["--resume", "odd2"], "damaged, or made by another version"),
         (["--resume", "odd3"], "cannot go on from this checkpoint"),
         (["--seed", "-1"], "argument --seed"),
         (["--seed", "9" * 5000], "argument --seed"),
@@ -1113,6 +1139,9 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
     (tmp_path / "many.txt").write_text("# two\n" + "\n".join(p[:2]) + "\n")
     code, out, _ = run_sample("sudoku", "many.txt", "--checkpoint", "runs/sudoku", "--show", "--steps", "2")
     assert "of 2 right" in out and "loop 2: " in out and "step 2 of 2, 2 loops" in out and "\033" not in out
+    code, out, _ = run_sample("sudoku", p[0], "--checkpoint", "runs/sudoku", "--show", "--steps", "1", "--loops", "16")
+    pictures = re.findall(r"loop (\d+): ", out)  # every second one, none twice, and no blank lines for the others
+    assert [int(l) for l in pictures] == list(range(2, 17, 2)) and "\n\n\n" not in out
     drawn = "\n".join(sudoku.draw([sudoku.CHARS[d] for d in puzzles[1][0]]))  # nothing left to fill in
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(("\ufeff" + drawn).encode())))
     code, out, _ = run_sample("sudoku", "--checkpoint", "runs/sudoku")
@@ -1159,7 +1188,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
 def test_the_countdown_commands_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(countdown, "TEST", 8)
-    small = "steps=3 batch=4 width=8 heads=1 loops=2 warmup=1".split()
+    small = "steps=3 batch=4 width=8 heads=1 loops=2 loops_min=1 supervise=1 warmup=1".split()
     train = lambda *argv: run(capsys, monkeypatch, countdown, *argv)  # noqa: E731
     use = lambda *argv: run(capsys, monkeypatch, sample, "countdown", "--checkpoint", "runs/countdown", *argv)  # noqa: E731
     code, out, _ = train("--problems", 1000, "--device", "cpu", "--set", *small)
@@ -1259,14 +1288,14 @@ def in_turns(rounds, **jobs):
     return {name: float(np.median(s[2:])) for name, s in seconds.items()}
 
 
-def training_step(model, size, precision="medium"):
-    """A job for in_turns: a step as in rmdm.train, with `size` examples."""
+def training_step(model, size, precision="medium", **how):
+    """A job for in_turns: a step as in rmdm.train, with `size` examples; `how` is for rmdm.loss."""
     c, g, optimizers = model.config, generator(), rmdm.make_optimizers(model, TrainConfig())
     x0 = torch.randint(1, c.vocab, (size, len(c.coords)), generator=g)
 
     def job():
         torch.set_float32_matmul_precision(precision)
-        rmdm.loss(model, x0, torch.ones_like(x0, dtype=torch.bool), generator=g)[0].backward()
+        rmdm.loss(model, x0, torch.ones_like(x0, dtype=torch.bool), generator=g, **how)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -1296,6 +1325,7 @@ def test_speed(monkeypatch):
     print("| one training step | ms | GFLOP/s | of the time of ours |\n|---|---|---|---|")
     for task, args in tasks:
         config, training, _ = task.presets(args)["cpu"]
+        config = replace(config, loops=min(config.loops, 8))  # every loop with gradient, as a plain layer has
         ours, size = rmdm.RMDM(config), training.batch
         with monkeypatch.context() as patch:
             patch.setattr(rmdm, "Layer", EncoderLayer)
@@ -1315,13 +1345,16 @@ def test_speed(monkeypatch):
             where = f"{task.__name__.removeprefix('train_')}: {name}"
             print(f"| {where} | {1000 * seconds:.1f} | {flops / seconds / 1e9:.0f} | {ratio} |", flush=True)
 
-    config, training, _ = sudoku.presets(tasks[0][1])["cpu"]
+    preset, training, _ = sudoku.presets(tasks[0][1])["cpu"]
+    config = replace(preset, loops=8)
     changes = [dict(), dict(loops=4), dict(loops=16), dict(batch=16), dict(batch=64), dict(width=32), dict(width=128)]
     jobs = {}
     for change in changes:
         model = rmdm.RMDM(replace(config, **{k: v for k, v in change.items() if k != "batch"}))
-        name = ", ".join(f"{k} {v}" for k, v in change.items()) or "Sudoku preset: loops 8, batch 32, width 64"
+        name = ", ".join(f"{k} {v}" for k, v in change.items()) or "Sudoku: loops 8, batch 32, width 64"
         jobs[name] = training_step(model, change.get("batch", training.batch))
+    how = dict(loops=12, supervise=training.supervise)
+    jobs["the preset, 12 loops, the last 8 with gradient"] = training_step(rmdm.RMDM(preset), training.batch, **how)
     memory = {name: saved_mebibytes(job) for name, job in jobs.items()}
     print("\n| one training step | ms | MiB kept for the backward pass |\n|---|---|---|")
     for name, seconds in in_turns(20, **jobs).items():
@@ -1330,7 +1363,7 @@ def test_speed(monkeypatch):
     model, puzzles, costs = rmdm.load(HERE / "weights" / "sudoku-small.pt"), sudoku.generate(256, 9), {}
     hows = {f"T={T}": dict(steps=T) for T in (1, 5, 20, 81)}
     hows |= {f"T=20, {key}={value}": {"steps": 20, key: value} for key, value in (("batch", 32), ("batch", 256))}
-    hows |= {"T=20, L=4": dict(steps=20, loops=4), "T=20, adaptive, eps 0.3": dict(steps=20, eps=0.3)}
+    hows |= {"T=20, L=8": dict(steps=20, loops=8), "T=20, adaptive, eps 0.3": dict(steps=20, eps=0.3)}
     hows |= {"T=81, threshold 0.99": dict(steps=81, threshold=0.99)}
 
     def solve(name, how):

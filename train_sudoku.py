@@ -394,13 +394,13 @@ def judge(puzzle, tokens, trace):
 # ---------------------------------------------------------------------------------------------------
 
 PUZZLES = 10_000  # to train on: symmetries make many of each
-HELD_OUT = 256  # puzzles kept for evaluation: the table at the end takes half a minute on a CPU
+HELD_OUT = 256  # puzzles kept for evaluation: the table at the end takes a minute or two on a CPU
 
 
 def presets(args):
     if args.data and args.puzzles:
         raise BadInput("--data brings its own puzzles: leave out --puzzles")
-    depth = dict(loops_min=8, supervise="8")  # 8 to 16 loops, the last 8 with gradient: keeps improving beyond 16
+    depth = dict(loops_min=8, supervise="8")  # 8 to 16 loops, the last 8 with gradient: see the README
     return {
         "cpu": (
             rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=16, inject=True, coord_bias=True),
