@@ -18,7 +18,7 @@ Map: equation numbers (1) to (7) are this project's own; the README lists them.
     3. Loss                            eqs. (3) to (5)  supervised, masked_ce, loss, nelbo
     4. Sampler                         eqs. (6), (7)    certainty, sample, sample_all
     5. Training loop, checkpoints                       TrainConfig, Muon, pick_device, save, load, train
-    6. Command line of the training scripts             configure, grid, launch, cli
+    6. Command line of the training scripts             configure, grid, by_noise, launch, cli
 
 Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
 T denoising steps. x0 (B, N) int64 clean tokens; x_t the same, partly MASK; t (B,) in (0, 1]; `editable`
@@ -771,11 +771,24 @@ def within(kind, low, high):
     return parse
 
 
-def grid(score, loops, steps):
-    """Print score(L, T), a share, in percent: a row for each L, a column for each T."""
-    print("        " + "".join(f"{f'T={T}':>8}" for T in steps))
+def grid(value, loops, columns, name="T", digits=1):
+    """Print value(L, x): a row for each L, a column for each x, called `name`."""
+    print("        " + "".join(f"{f'{name}={x}':>8}" for x in columns))
     for L in loops:
-        print(f"  L={L:<4}" + "".join(f"{100 * score(L, T):8.1f}" for T in steps), flush=True)
+        print(f"  L={L:<4}" + "".join(f"{value(L, x):8.{digits}f}" for x in columns), flush=True)
+
+
+@torch.no_grad()
+def by_noise(model, x0, editable):
+    """Print what eq. (3) is made of: the cross-entropy after each loop at several times t, in nats per token that
+    is masked on average. Where it falls from row to row, the loops help."""
+    L, nats = model.config.loops, {}
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
+        times, generator = torch.full_like(x0[:, 0], t, dtype=torch.float), torch.Generator(x0.device).manual_seed(0)
+        ce, _ = masked_ce(model, x0, editable, times, L, range(1, L + 1), generator)
+        nats[t] = ce.sum((1, 2)) / (t * editable.sum())
+    print("\nnats a masked token, held-out problems, after each loop, by the share t that is masked")
+    grid(lambda l, t: nats[t][l - 1], range(1, L + 1), nats, "t", 3)
 
 
 def launch(task, doc, presets, prepare, options):

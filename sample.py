@@ -246,7 +246,7 @@ def main():
         if args.sweep:
             def first(L, T):
                 score = measure(task, model, path, None, **how | {"steps": T, "loops": L})["all"]
-                return score[task.SCORE]
+                return 100 * score[task.SCORE]
 
             print(f"{task.SCORE}, %, on {path}, order {args.order}")
             rmdm.grid(first, sorted({max(1, L // 4), max(1, L // 2), L, L * 3 // 2, L * 2}), (1, 5, 20, N))

@@ -774,6 +774,17 @@ def test_loops_are_drawn_and_their_cost_is_counted(tmp_path):
         assert count[0] - muon == logged
 
 
+def test_by_noise_prints_the_cross_entropy_of_each_loop(capsys):
+    model, x0 = tiny(loops=3), torch.randint(1, 4, (500, 3), generator=generator())
+    rmdm.by_noise(model, x0, torch.ones_like(x0, dtype=torch.bool))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    for l, row in enumerate(rows, 1):
+        log_p = model(torch.zeros_like(x0), torch.ones(500), 3, read=(l,))[0].log_softmax(-1)
+        at_t1 = F.nll_loss(log_p.flatten(0, 1), x0.flatten()).item()
+        assert row[0] == f"L={l}" and float(row[-1]) == pytest.approx(at_t1, abs=6e-4)
+        assert float(row[1]) == pytest.approx(at_t1, rel=0.4)  # at t = 0.1 as many nats a token, not a tenth
+
+
 def test_a_prefix_without_gradient_needs_injection(tmp_path):
     with pytest.raises(BadInput, match="supervise=1 of 2 loops needs inject=true"):
         rmdm.train(toy_model(), TrainConfig(supervise="1"), toy_batch, lambda m: {}, tmp_path / "run")

@@ -402,11 +402,11 @@ def prepare(args, device):
     print(f"{len(seen[0]):,} problems; " + ", ".join(f"{len(test[0])} with {name}" for name, test in tests.items()))
 
     N = len(COORDS[args.numbers])
+    x0 = torch.from_numpy(encode(*tests["held-out operands"])).long().to(device)
+    answer = torch.from_numpy(editable(N)).expand(*x0.shape).to(device)
 
     def monitor(model):
         scores = {name: evaluate(model, test[:128], steps=N)["solved"] for name, (test, _) in tests.items()}
-        x0 = torch.from_numpy(encode(*tests["held-out operands"])).long().to(device)
-        answer = torch.from_numpy(editable(N)).expand(*x0.shape).to(device)
         bound = rmdm.nelbo(model, x0, answer, generator=torch.Generator(device).manual_seed(0)).mean()
         return scores | dict(nelbo=bound.item())  # of the solution that it is trained on, not of any
 
@@ -418,7 +418,8 @@ def prepare(args, device):
             print(f"\n{name}, {len(test)} problems, L={L}, T={N}: {', '.join(parts)}")
             print("solved, %, by loops L and steps T (confidence order)")
             loops = sorted({max(1, L // 2), L, L * 3 // 2})
-            rmdm.grid(lambda L, T: evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
+            rmdm.grid(lambda L, T: 100 * evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
+        rmdm.by_noise(model, x0, answer)
         return ",".join(map(str, tests["held-out operands"][0][0]))
 
     return batches(*seen, device), monitor, report

@@ -428,9 +428,9 @@ def prepare(args, device):
     if not len(seen[0]):
         raise BadInput("nothing left to train on: every grid is a held-out one")
     few = [part[:128] for part in test]
+    x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
 
     def check(model):
-        x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
         bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean()
         return dict(nelbo=bound.item()) | {f"exact_T{T}": evaluate(model, *few, steps=T)["exact"] for T in (1, 20)}
 
@@ -438,7 +438,8 @@ def prepare(args, device):
         L, steps = model.config.loops, (1, 5, 20, 81)
         print(f"\nexact, % of {HELD_OUT} held-out minimal puzzles, by loops L and steps T (confidence order)")
         loops = sorted({max(1, L // 2), L, L * 3 // 2})
-        rmdm.grid(lambda L, T: evaluate(model, *test, steps=T, loops=L)["exact"], loops, steps)
+        rmdm.grid(lambda L, T: 100 * evaluate(model, *test, steps=T, loops=L)["exact"], loops, steps)
+        rmdm.by_noise(model, x0, blank)
         return "".join(map(str, test[0][0])).replace("0", ".")
 
     return batches(*seen, device), check, report
