@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 import rmdm  # noqa: E402
 import train_sudoku as sudoku  # noqa: E402
 
-PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+PUZZLE = "...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976"  # by generate(256, 123)
 
 
 def lines(path):
@@ -42,6 +42,10 @@ def table(title, head, *rows):
 
 def set_name(row):
     return Path(row["file"]).stem
+
+
+def run(row):
+    return Path(row["checkpoint"]).name[:-2]  # without the seed
 
 
 def runs(name, extra):
@@ -77,11 +81,12 @@ def models(name):
         names = dict.fromkeys(row["checkpoint"] for row in scores)
         pairs = zip(starts[:-1], starts[1:], names, strict=True)  # both in the same order
         at = {x: {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == x} for x in names}
-        yield [(log[i] | dict(name=x), log[i] | log[j - 1], at[x]) for i, j, x in pairs]
+        yield [(log[i] | dict(checkpoint=x), log[i] | log[j - 1], at[x]) for i, j, x in pairs]
 
 
-def compare(name, found, what, label):
-    """A row for each model of `found`, with the scores at each (set, T) in `what`; the seeds side by side."""
+def compare(name, found, what, first, label):
+    """A row for each model of `found`, named by label(first line of its log), the seeds side by side. `what`: the
+    (set, T) to show scores of."""
     printed = [path.read_text().split("\npreset ") for path in sorted(HERE.glob(f"{name}-seed?.txt"))]  # by training
     rows = []
     for i, both in enumerate(found):
@@ -93,19 +98,20 @@ def compare(name, found, what, label):
         cells += (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, _, at in both) for key in what)
         rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{end['flops']:.1e}", *cells))
     titles = ["held-out, T=81"] * bool(printed) + [f"{name}, T={T}" for name, T in what]
-    table(name, ("", "parameters", "steps", "training FLOPs", "NELBO, nats", *titles), *rows)
+    table(name, (first, "parameters", "steps", "training FLOPs", "NELBO, nats", *titles), *rows)
 
 
 def choices():
     """What differs from the first model, the preset."""
     found = list(zip(*models("sudoku-choices")))
-    base, facts = found[0][0][0], ("name", "parameters", "steps", "seed")
+    base, facts = found[0][0][0], ("checkpoint", "parameters", "steps", "seed")
 
     def label(head):
-        change = [f"{key}={x}" for key, x in head.items() if x != base.get(key, "none") and key not in facts]
-        return ", ".join(change) or Path(head["name"]).name[:-2]
+        known = dict(curriculum="none", truncate=False) | base  # options that came after the first model
+        change = [f"{key}={x}".lower() for key, x in head.items() if x != known[key] and key not in facts]
+        return " ".join(change) or run(head)
 
-    compare("sudoku-choices", found, [("kaggle3m", T) for T in (5, 20, 81)], label)
+    compare("sudoku-choices", found, [("kaggle3m", T) for T in (5, 20, 81)], "change", label)
 
 
 def depth():
@@ -113,7 +119,8 @@ def depth():
     found = list(zip(*models("sudoku-depth")))
     found.sort(key=lambda both: [both[0][1][fact] for fact in ("coord_bias", "steps", "flops")])
     what = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))]
-    compare("sudoku-depth", found, what, lambda x: f"{x['layers']} x {x['loops']}{', with additions' * x['coord_bias']}")
+    label = "{layers} x {loops}", "{layers} x {loops}, with additions"
+    compare("sudoku-depth", found, what, "K x L", lambda head: label[head["coord_bias"]].format_map(head))
     found = {tuple(x[0][0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
 
     def mean(both, key, what="exact"):
@@ -180,14 +187,16 @@ def recursion():
 
 
 if __name__ == "__main__":
-    for name in ("cpu", "t60before", "t60now"):
+    for name in ("cpu", "fixed", "t60before", "t60now"):
         runs(f"sudoku-{name}", {"NELBO, nats": ("nelbo", 1, 2)})
     pivot("sudoku-cpu", "exact", ["file"], lambda r: r["group"] == "all" and (set_name(r),))
     pivot("sudoku-cpu", "exact", ["kaggle3m"], lambda r: r["group"] != "all" and (r["group"],))
     depth()
     choices()
     pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
-    for name in ("loops", "plain-loops", "easy", "adaptive"):
+    pivot("sudoku-more-loops", "exact", ["model", "L"], lambda r: (run(r), r["loops"]))
+    pivot("sudoku-adaptive", "exact", ["model", "at most", "eps"], lambda r: (run(r), r["loops"], r["eps"]))
+    for name in ("loops", "plain-loops", "easy"):
         pivot(f"sudoku-{name}", "exact", ["L"], lambda r: (r["loops"],))
     pivot("sudoku-threshold", "exact", ["threshold"], lambda r: (r["threshold"],))
     solvers = lines(HERE / "sudoku-classical.jsonl")
