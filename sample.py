@@ -1,6 +1,6 @@
 """Use a trained model: solve problems, watch them being solved, measure the model.
 
-    python sample.py sudoku 53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79
+    python sample.py sudoku ...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976
     python sample.py countdown 35,27,20,42                   # operands, then the target
     python sample.py sudoku puzzles.txt                      # a file of many, or standard input
     python sample.py countdown --show 35,27,20,42            # the denoising, loop by loop and step by step
