@@ -607,6 +607,13 @@ def refuse_used(out):
         raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
 
 
+def refuse_untrainable(config, training):
+    """Raise BadInput where loops without gradient would keep all gradient from the embeddings, see `supervised`."""
+    if not config.inject and supervised(training.supervise, config.loops)[1] > 1:
+        what = f"supervise={training.supervise} of {config.loops} loops needs inject=true"
+        raise BadInput(f"{what}, or the loops before keep the gradient from the embeddings: supervise=all does not")
+
+
 def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     """Train `model` in place; returns the averaged (EMA) model.
 
@@ -618,9 +625,7 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
                         to one that was never interrupted, if batch draws from its generator alone
 
     Raises BadInput for a folder that holds another run, a loss that is no number, no room to write."""
-    if not model.config.inject and supervised(config.supervise, model.config.loops)[1] > 1:
-        why = "without injection the loops before pass no gradient to the embeddings"
-        raise BadInput(f"supervise={config.supervise} of {model.config.loops} loops needs inject=true: {why}")
+    refuse_untrainable(model.config, config)
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     out = Path(out)
@@ -836,6 +841,7 @@ def launch(task, doc, presets, prepare, options):
         *configs, about = presets(args)[args.preset]
         config, training = configure(args.set, *configs)
         training = replace(training, seed=args.seed)
+        refuse_untrainable(config, training)  # before data is made, like a folder in use
         print(f"preset {args.preset}: {about}; the bar shows the time left on this machine")
     torch.manual_seed(args.seed)
     try:

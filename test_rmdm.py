@@ -1142,6 +1142,7 @@ def test_the_sudoku_commands_end_to_end(tmp_path, monkeypatch, capsys, puzzles):
         (["--out", "b", "--set", "steps=many"], "steps must be of type int"),
         (["--out", "b", "--set", "heads=3"], "heads"),
         (["--out", "b", "--set", "supervise=some"], "supervise"),
+        (["--out", "b", "--set", "inject=false"], "supervise=8 of 16 loops needs inject=true"),
         (["--out", "b", "--data", "p.csv"], "more than"),
         (["--out", "b", "--data", "p.csv", "--puzzles", "8"], "leave out --puzzles"),
     ]:
