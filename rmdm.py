@@ -475,7 +475,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
-    supervise: str = "all"  # eq. (5): all, final, or a number M for the last M loops, without gradient before
+    supervise: str = "all"  # as the paper*, eq. (5); or final, or a number M: the last M loops, no gradient before
     loops_min: int = 0  # from 1 to loops - 1: the loop count is drawn from loops_min..loops at each step, eq. (7)
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
