@@ -303,7 +303,8 @@ def supervised(supervise, loops):
 
 def masked_ce(model, x0, editable, t, loops, read, generator, grad_from=1):
     """Mask x0 at times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked, after each loop in
-    `read`: (len(read), B, N) nats. Also returns the share of masked tokens that the last gets right."""
+    `read`: (len(read), B, N) nats; no gradient before loop `grad_from`. Also returns the share of masked tokens
+    that the last gets right."""
     x_t, masked = corrupt(x0, t, editable, generator)
     logits = model(x_t, t, loops, read, grad_from).float()
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
@@ -475,7 +476,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
-    supervise: str = "all"  # as the paper*, eq. (5); or final, or a number M: the last M loops, no gradient before
+    supervise: str = "all"  # eq. (5): dense, as [R] is said to be; or final; or M: the last M, no gradient before
     loops_min: int = 0  # from 1 to loops - 1: the loop count is drawn from loops_min..loops at each step, eq. (7)
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
@@ -624,7 +625,8 @@ def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
     resume              a checkpoint of this very run, from read_checkpoint: on CPU the run then ends bit-identical
                         to one that was never interrupted, if batch draws from its generator alone
 
-    Raises BadInput for a folder that holds another run, a loss that is no number, no room to write."""
+    Raises BadInput for a folder that holds another run, a prefix of loops that no gradient passes (see
+    `supervised`), a loss that is no number, no room to write."""
     refuse_untrainable(model.config, config)
     device = next(model.parameters()).device
     cuda = device.type == "cuda"

@@ -2,6 +2,7 @@
 
     NAME-seed*.jsonl        log.jsonl of a training run, or of several, one after the other, evaluations only
     NAME-seed*-eval.jsonl   what `python sample.py ... --data ... --json` printed for it, or for them
+    NAME-seed*.txt          what training printed at its end
     sudoku-classical.jsonl  what `python sample.py sudoku --classical --data ...` printed
 
 NAME is TASK-cpu for the preset, or TASK-VARIANT. Prints the tables as Markdown; writes the figures, *.png.
@@ -68,7 +69,7 @@ def pivot(name, score, head, down):
     for key in dict.fromkeys(filter(None, map(down, both[0]))):
         found = [{row["steps"]: row for row in run if down(row) == key} for run in both]
         scores = (" / ".join(f"{100 * at[T][score]:.1f}" for at in found) if T in found[0] else "" for T in steps)
-        nfe = ", ".join(f"{row['nfe']:.0f}" for row in found[0].values())
+        nfe = ", ".join(" / ".join(dict.fromkeys(f"{at[T]['nfe']:.0f}" for at in found)) for T in found[0])
         rows.append((*key, next(iter(found[0].values()))["n"], *scores, nfe))
     title = f"{name}: {score}, %, seeds {' / '.join(str(i) for i in range(len(both)))}"
     table(title, (*head, "n", *(f"T={T}" for T in steps), "NFE at each T"), *rows)
@@ -97,12 +98,12 @@ def compare(name, found, what, first, label):
             cells.append(" / ".join(scores))
         cells += (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, _, at in both) for key in what)
         rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{end['flops']:.1e}", *cells))
-    titles = ["held-out, T=81"] * bool(printed) + [f"{name}, T={T}" for name, T in what]
+    titles = ["held-out, T=81"] * bool(printed) + [f"{file}, T={T}" for file, T in what]
     table(name, (first, "parameters", "steps", "training FLOPs", "NELBO, nats", *titles), *rows)
 
 
 def choices():
-    """What differs from the first model, the preset."""
+    """Each model is named by what differs from the first, the form of one layer and eight loops."""
     found = list(zip(*models("sudoku-choices")))
     base, facts = found[0][0][0], ("checkpoint", "parameters", "steps", "seed")
 
