@@ -630,7 +630,8 @@ def test_the_limits_on_numbers_lose_no_target(monkeypatch):
         ("\uff18\uff17/29=3,32*3=96", "syntax of equation 1"),  # digits, but not ASCII
         ("__import__('os').abort()", "syntax of equation 1"),
         ("87+29=" + "9" * 5000, "syntax of equation 1"),
-        ("87/0=0,32*3=96", "false equation 1: 87/0=0"),
+        ("87/0=0,32*3=96", "number not available in equation 1: 0"),
+        ("87-87=0,32*3=96", "number not available in equation 1: 87"),
         ("87/32=2,29*3=96", "false equation 1"),
         ("87/29=3,32*3=95", "false equation 2: 32*3=95"),
         ("29-87=0,32*3=96", "false equation 1"),
@@ -645,7 +646,23 @@ def test_the_limits_on_numbers_lose_no_target(monkeypatch):
 )
 def test_the_checker_names_what_is_wrong(answer, says):
     wrong = countdown.check(countdown.parse("87,29,32,96"), answer)
-    assert wrong is says if says is None else wrong.startswith(says) and wrong.startswith(countdown.MISTAKES)
+    assert wrong is says if says is None else wrong.startswith(says) and wrong.startswith(countdown.mistakes(3))
+
+
+def test_begins_well_judges_the_first_choice_by_brute_force():
+    random, verdicts = np.random.default_rng(2), []
+    for _ in range(20):
+        numbers = random.integers(1, 13, 3).tolist()
+        for target, answers in every_solution(numbers).items():
+            sides = {answer.partition("=")[0] for answer in answers}
+            for _ in range(9):
+                a, b = random.choice(numbers, 2, replace=False)
+                side, result = f"{a}{random.choice(list('+-*/'))}{b}", random.integers(100)
+                verdicts.append(countdown.begins_well([*numbers, target], f"{side}={result},1+1=2"))
+                assert verdicts[-1] == (side in sides), (numbers, target, side)
+    assert 100 < sum(verdicts) < len(verdicts) - 100
+    assert not countdown.begins_well([87, 29, 32, 96], "29+29=58,58+32=90")  # 29 is there once
+    assert not countdown.begins_well([87, 29, 32, 96], "no answer at all")
 
 
 def test_the_checker_agrees_with_brute_force_on_spoiled_answers():
@@ -1212,7 +1229,7 @@ def test_the_countdown_commands_end_to_end(tmp_path, monkeypatch, capsys):
     code, out, _ = use("--data", "p.jsonl", "--steps", "1,34", "--json")
     score = json.loads(out.splitlines()[1])
     assert code == 0 and score["n"] == 2 and score["steps"] == 34 and score["nfe"] == score["layer_passes"] == 44
-    assert score["solved"] + sum(score[mistake] for mistake in countdown.MISTAKES) == 1
+    assert score["solved"] + sum(score[mistake] for mistake in countdown.mistakes(3)) == 1
     code, out, _ = use("--data", "p.jsonl", "--sweep")
     assert code == 0 and re.findall(r"L=(\d+)", out) == ["1", "2", "3", "4"]
     rows = [dict(rows[0], input=f"20,4,7,{t}", output=f"{t}") for t in range(10, 90)]

@@ -51,28 +51,61 @@ def parse(text):
     return np.array(problem)
 
 
+def calculate(a, op, b):
+    """a op b, or None if that is negative or no integer."""
+    if op in "+*":
+        return a + b if op == "+" else a * b
+    return (a - b if a >= b else None) if op == "-" else a // b if b and a % b == 0 else None
+
+
 def check(problem, answer):
     """What is wrong with an answer such as "86+28=114,31-13=18,114-18=96" to a problem (n+1,), in words that
-    begin with one of MISTAKES; None if nothing is. Nothing is evaluated: a regular expression reads the numbers."""
+    begin with one of `mistakes`; None if nothing is. Nothing is evaluated: a regular expression reads the numbers."""
     *left, target = map(int, problem)
     for k, equation in enumerate(answer.split(","), 1):
         if not (found := EQUATION.fullmatch(equation)):
             return f"syntax of equation {k}: {equation[:40]!r}"
         a, op, b, c = int(found[1]), found[2], int(found[3]), int(found[4])
-        if not {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b > 0 and a == b * c}[op]:
-            return f"false equation {k}: {equation}"
         for x in (a, b):
             if x not in left:
                 return f"number not available in equation {k}: {x}"
             left.remove(x)
+        if calculate(a, op, b) != c:
+            return f"false equation {k}: {equation}"
         left.append(c)
     if len(left) > 1:
         return f"number left over: {', '.join(map(str, left[:-1]))}"
     return None if left == [target] else f"wrong target: {left[0]}, not {target}"
 
 
+OPS = "+-*/"
 EQUATION = re.compile("N([-+*/])N=N".replace("N", "(0|[1-9][0-9]{0,8})"))
-MISTAKES = ("syntax", "false equation", "number not available", "number left over", "wrong target")
+
+
+def mistakes(n):
+    """How what `check` says of an answer for n operands can begin."""
+    false = [f"false equation {k}" for k in range(1, n)]
+    return ("syntax", *false, "number not available", "number left over", "wrong target")
+
+
+def begins_well(problem, answer):
+    """Whether the left side of the first equation begins a solution, whatever result is written behind it: this
+    judges the search apart from the arithmetic."""
+    *left, target = map(int, problem)
+    if not (found := EQUATION.match(answer)):
+        return False
+    for x in (int(found[1]), int(found[3])):
+        if x not in left:
+            return False
+        left.remove(x)
+
+    def solvable(values):
+        if None in values or len(values) == 1:
+            return values == [target]
+        pairs = ((a, op, b, rest) for a, b, *rest in itertools.permutations(values) for op in OPS)
+        return any(solvable([calculate(a, op, b), *rest]) for a, op, b, rest in pairs)
+
+    return solvable([calculate(int(found[1]), found[2], int(found[3])), *left])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -187,7 +220,6 @@ def split(problems, equations, seed):
 CHARS = "_0123456789+-*/=, "  # a character's place is its token: MASK is "_", a blank of a field " "
 SCORE = "solved"  # the main one of those that `evaluate` returns
 LINE = 1  # every line of a file is a problem
-OPS = "+-*/"
 
 
 def template(n):
@@ -341,11 +373,14 @@ def start(model, problems, device="cpu"):
 
 def evaluate(model, problems, equations=None, **how):
     """Solve problems (P, n+1) with rmdm.sample(**how) and check the answers. Returns a dict: n, the share
-    `solved`, the share with each of MISTAKES first, and the cost, see rmdm.sample_all. `equations` are not used:
-    any solution counts."""
+    `solved`, the share that begins well, with each of `mistakes` first, and the cost, see rmdm.sample_all.
+    `equations` are not used: any solution counts."""
     x, cost = rmdm.sample_all(model, *start(model, problems, next(model.parameters()).device), **how)
-    wrong = [check(problem, decode(tokens)) for problem, tokens in zip(problems, x.tolist())]
-    shares = {mistake: np.mean([str(w).startswith(mistake) for w in wrong]) for mistake in MISTAKES}
+    answers = [(problem, decode(tokens)) for problem, tokens in zip(problems, x.tolist())]
+    wrong = [check(*answer) for answer in answers]
+    shares = {"begins well": np.mean([begins_well(*answer) for answer in answers])}
+    for mistake in mistakes(problems.shape[1] - 1):
+        shares[mistake] = np.mean([str(w).startswith(mistake) for w in wrong])
     return dict(n=len(wrong), solved=wrong.count(None) / len(wrong), **shares, **cost)
 
 
@@ -414,11 +449,12 @@ def prepare(args, device):
         L = model.config.loops
         for name, (test, _) in tests.items():
             score = evaluate(model, test, steps=N)
-            parts = [f"{key} {100 * score[key]:.1f}%" for key in ("solved", *MISTAKES)]
+            parts = [f"{key} {100 * score[key]:.1f}%" for key in ("solved", "begins well", *mistakes(args.numbers))]
             print(f"\n{name}, {len(test)} problems, L={L}, T={N}: {', '.join(parts)}")
-            print("solved, %, by loops L and steps T (confidence order)")
-            loops = sorted({max(1, L // 2), L, L * 3 // 2})
-            rmdm.grid(lambda L, T: 100 * evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
+        test, _ = tests["held-out operands"]
+        print("\nsolved, %, held-out operands, by loops L and steps T (confidence order)")
+        loops = sorted({max(1, L // 2), L, L * 3 // 2})
+        rmdm.grid(lambda L, T: 100 * evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
         rmdm.by_noise(model, x0, answer)
         return ",".join(map(str, tests["held-out operands"][0][0]))
 
