@@ -76,56 +76,69 @@ def pivot(name, score, head, down):
 
 
 def models(name):
-    """For each seed a list of its models: (first line of the log, first and last line, {(set, T): scores})."""
-    for log, scores in zip(seeds(f"{name}-seed?.jsonl"), seeds(f"{name}-seed?-eval.jsonl")):
+    """For each model of NAME, in the order of its files, what each seed's run of it gave: the first line of its log
+    and the last in one dict, and besides `head`, the first alone, `at`, {(set, T): scores}, and `text`, as printed."""
+    found = []
+    for path in sorted(HERE.glob(f"{name}-seed?.jsonl")):
+        log, scores, texts = lines(path), [], []
+        if (other := path.with_name(f"{path.stem}-eval.jsonl")).exists():
+            scores = lines(other)
+        if (other := path.with_suffix(".txt")).exists():
+            texts = other.read_text().split("\npreset ")
         starts = [i for i, row in enumerate(log) if row["step"] == 0] + [len(log)]
-        names = dict.fromkeys(row["checkpoint"] for row in scores)
-        pairs = zip(starts[:-1], starts[1:], names, strict=True)  # both in the same order
+        n, names = len(starts) - 1, list(dict.fromkeys(row["checkpoint"] for row in scores))
+        pairs = zip(starts[:-1], starts[1:], names or [""] * n, texts or [""] * n, strict=True)  # all in one order
         at = {x: {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == x} for x in names}
-        yield [(log[i] | dict(checkpoint=x), log[i] | log[j - 1], at[x]) for i, j, x in pairs]
+        ends = ((log[i], log[j - 1], dict(checkpoint=x, at=at.get(x), text=text)) for i, j, x, text in pairs)
+        found.append([head | last | rest | dict(head=head) for head, last, rest in ends])
+    return list(zip(*found, strict=True))
 
 
-def compare(name, found, what, first, label):
-    """A row for each model of `found`, named by label(first line of its log), the seeds side by side. `what`: the
-    (set, T) to show scores of."""
-    printed = [path.read_text().split("\npreset ") for path in sorted(HERE.glob(f"{name}-seed?.txt"))]  # by training
+def printed(pattern):
+    return lambda run: float(re.search(pattern.format_map(run), run["text"], re.M)[1])
+
+
+def exact(file, T):
+    return lambda run: 100 * run["at"][file, T]["exact"]
+
+
+def compare(name, found, first, label, columns):
+    """A row for each model of `found`, named by label(its first run), the seeds side by side: {title: number(run)}."""
     rows = []
-    for i, both in enumerate(found):
-        head, end, _ = both[0]
-        cells = [" / ".join(f"{end['nelbo']:.1f}" for _, end, _ in both)]
-        if printed:
-            scores = (re.search(rf"^  L={end['loops']} .* (\S+)$", text[i], re.M)[1] for text in printed)
-            cells.append(" / ".join(scores))
-        cells += (" / ".join(f"{100 * at[key]['exact']:.1f}" for _, _, at in both) for key in what)
-        rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{end['flops']:.1e}", *cells))
-    titles = ["held-out, T=81"] * bool(printed) + [f"{file}, T={T}" for file, T in what]
-    table(name, (first, "parameters", "steps", "training FLOPs", "NELBO, nats", *titles), *rows)
+    for both in found:
+        cells = [" / ".join(f"{number(run):.1f}" for run in both) for number in columns.values()]
+        head = both[0]
+        rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{head['flops']:.1e}", *cells))
+    table(name, (first, "parameters", "steps", "training FLOPs", *columns), *rows)
 
 
 def choices():
     """Each model is named by what differs from the first, the form of one layer and eight loops."""
-    found = list(zip(*models("sudoku-choices")))
-    base, facts = found[0][0][0], ("checkpoint", "parameters", "steps", "seed")
+    found = models("sudoku-choices")
+    base, facts = found[0][0]["head"], ("parameters", "steps", "seed")
 
-    def label(head):
+    def label(model):
         known = dict(curriculum="none", truncate=False) | base  # options that came after the first model
-        change = [f"{key}={x}".lower() for key, x in head.items() if x != known[key] and key not in facts]
-        return " ".join(change) or run(head)
+        change = [f"{key}={x}".lower() for key, x in model["head"].items() if x != known[key] and key not in facts]
+        return " ".join(change) or run(model)
 
-    compare("sudoku-choices", found, [("kaggle3m", T) for T in (5, 20, 81)], "change", label)
+    columns = {"NELBO, nats": lambda model: model["nelbo"], "held-out, T=81": printed(r"^  L={loops} .* (\S+)$")}
+    columns |= {f"kaggle3m, T={T}": exact("kaggle3m", T) for T in (5, 20, 81)}
+    compare("sudoku-choices", found, "change", label, columns)
 
 
 def depth():
     """K layers x L loops: the table, and the figure."""
-    found = list(zip(*models("sudoku-depth")))
-    found.sort(key=lambda both: [both[0][1][fact] for fact in ("coord_bias", "steps", "flops")])
+    found = models("sudoku-depth")
+    found.sort(key=lambda both: [both[0][fact] for fact in ("coord_bias", "steps", "flops")])
     what = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))]
+    columns = {"NELBO, nats": lambda model: model["nelbo"]} | {f"{file}, T={T}": exact(file, T) for file, T in what}
     label = "{layers} x {loops}", "{layers} x {loops}, with additions"
-    compare("sudoku-depth", found, what, "K x L", lambda head: label[head["coord_bias"]].format_map(head))
-    found = {tuple(x[0][0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
+    compare("sudoku-depth", found, "K x L", lambda model: label[model["coord_bias"]].format_map(model), columns)
+    found = {tuple(x[0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
 
     def mean(both, key, what="exact"):
-        return sum(at[key][what] for _, _, at in both) / len(both)
+        return sum(model["at"][key][what] for model in both) / len(both)
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for color, one, name in ("tab:blue", 0, "1 layer, L loops"), ("tab:orange", 1, "K layers, no loops"):
@@ -139,7 +152,7 @@ def depth():
         left.plot(8, 100 * mean(found[key], what[-1]), "*", color=color, ms=9, label=f"{name}, additions, equal steps")
     for L in (1, 2, 4, 8):
         both = found[1, L, 3000, False]
-        keys = [key for key in both[0][2] if key[0] == "kaggle3m"]
+        keys = [key for key in both[0]["at"] if key[0] == "kaggle3m"]
         points = [(mean(both, key, "nfe"), 100 * mean(both, key)) for key in keys]
         right.plot(*zip(*points), "-o", ms=4, lw=1, label=f"L = {L}")
     left.set(xlabel="layers x loops", ylabel="kaggle3m, T = 81, exact, %")
