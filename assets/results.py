@@ -102,6 +102,16 @@ def exact(file, T):
     return lambda run: 100 * run["at"][file, T]["exact"]
 
 
+NELBO = {"NELBO, nats": lambda model: model["nelbo"]}
+SUDOKU = {"held-out, T=81": printed(r"^  L={loops} .* (\S+)$")}
+SUDOKU |= {f"kaggle3m, T={T}": exact("kaggle3m", T) for T in (5, 20, 81)}
+COUNTDOWN = {"operands, T=1": printed(r"^  L={loops} +(\S+)")}
+for key, word in {"operands, T=34": "operands.* solved", "targets, T=34": "targets.* solved"}.items():
+    COUNTDOWN[key] = printed(rf"^held-out {word} (\S+)%")
+for key in "begins well", "false equation 1", "false equation 2":
+    COUNTDOWN[key] = printed(rf"^held-out operands.* {key} (\S+)%")
+
+
 def compare(name, found, first, label, columns):
     """A row for each model of `found`, named by label(its first run), the seeds side by side: {title: number(run)}."""
     rows = []
@@ -112,19 +122,17 @@ def compare(name, found, first, label, columns):
     table(name, (first, "parameters", "steps", "training FLOPs", *columns), *rows)
 
 
-def choices():
-    """Each model is named by what differs from the first, the form of one layer and eight loops."""
-    found = models("sudoku-choices")
-    base, facts = found[0][0]["head"], ("parameters", "steps", "seed")
+def choices(name, columns):
+    """Each model is named by what differs from the first."""
+    found = models(name)
+    known = dict(curriculum="none", truncate=False) | found[0][0]["head"]  # options that came after the first model
 
     def label(model):
-        known = dict(curriculum="none", truncate=False) | base  # options that came after the first model
+        facts = ("parameters", "steps", "seed", "eval_every")
         change = [f"{key}={x}".lower() for key, x in model["head"].items() if x != known[key] and key not in facts]
-        return " ".join(change) or run(model)
+        return " ".join(change) or (run(model) if model["checkpoint"] else "none")
 
-    columns = {"NELBO, nats": lambda model: model["nelbo"], "held-out, T=81": printed(r"^  L={loops} .* (\S+)$")}
-    columns |= {f"kaggle3m, T={T}": exact("kaggle3m", T) for T in (5, 20, 81)}
-    compare("sudoku-choices", found, "change", label, columns)
+    compare(name, found, "change", label, NELBO | columns)
 
 
 def depth():
@@ -132,7 +140,7 @@ def depth():
     found = models("sudoku-depth")
     found.sort(key=lambda both: [both[0][fact] for fact in ("coord_bias", "steps", "flops")])
     what = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))]
-    columns = {"NELBO, nats": lambda model: model["nelbo"]} | {f"{file}, T={T}": exact(file, T) for file, T in what}
+    columns = NELBO | {f"{file}, T={T}": exact(file, T) for file, T in what}
     label = "{layers} x {loops}", "{layers} x {loops}, with additions"
     compare("sudoku-depth", found, "K x L", lambda model: label[model["coord_bias"]].format_map(model), columns)
     found = {tuple(x[0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
@@ -206,7 +214,7 @@ if __name__ == "__main__":
     pivot("sudoku-cpu", "exact", ["file"], lambda r: r["group"] == "all" and (set_name(r),))
     pivot("sudoku-cpu", "exact", ["kaggle3m"], lambda r: r["group"] != "all" and (r["group"],))
     depth()
-    choices()
+    choices("sudoku-choices", SUDOKU)
     pivot("sudoku-orders", "exact", ["file", "order"], lambda r: (set_name(r), r["order"]))
     pivot("sudoku-more-loops", "exact", ["model", "L"], lambda r: (run(r), r["loops"]))
     pivot("sudoku-adaptive", "exact", ["model", "at most", "eps"], lambda r: (run(r), r["loops"], r["eps"]))
