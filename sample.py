@@ -31,7 +31,7 @@ from rmdm import MASK, BadInput
 # What a task brings: CHARS, LINE, SCORE, parse, read_file, start, evaluate, judge, place and draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = Path(__file__).parent / "weights"  # TASK-small.pt
-EPS = 0.1  # of `--loops adaptive`, eq. (7): of those tried the largest that cost no accuracy, see the README
+EPS = 0.1  # of `--loops adaptive`, eq. (7): on Sudoku the largest tried that cost no accuracy, see the README
 COLOR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
 

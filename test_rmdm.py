@@ -661,6 +661,7 @@ def test_begins_well_judges_the_first_choice_by_brute_force():
                 verdicts.append(countdown.begins_well([*numbers, target], f"{side}={result},1+1=2"))
                 assert verdicts[-1] == (side in sides), (numbers, target, side)
     assert 100 < sum(verdicts) < len(verdicts) - 100
+    assert countdown.begins_well([87, 29, 32, 96], "87/29=")  # what is written behind it does not count
     assert not countdown.begins_well([87, 29, 32, 96], "29+29=58,58+32=90")  # 29 is there once
     assert not countdown.begins_well([87, 29, 32, 96], "no answer at all")
 

@@ -88,7 +88,7 @@ def models(name):
         starts = [i for i, row in enumerate(log) if row["step"] == 0] + [len(log)]
         n, names = len(starts) - 1, list(dict.fromkeys(row["checkpoint"] for row in scores))
         pairs = zip(starts[:-1], starts[1:], names or [""] * n, texts or [""] * n, strict=True)  # all in one order
-        at = {x: {(set_name(r)[7:], r["steps"]): r for r in scores if r["checkpoint"] == x} for x in names}
+        at = {x: {(set_name(r).split("_", 1)[1], r["steps"]): r for r in scores if r["checkpoint"] == x} for x in names}
         ends = ((log[i], log[j - 1], dict(checkpoint=x, at=at.get(x), text=text)) for i, j, x, text in pairs)
         found.append([head | last | rest | dict(head=head) for head, last, rest in ends])
     return list(zip(*found, strict=True))
@@ -108,8 +108,16 @@ SUDOKU |= {f"kaggle3m, T={T}": exact("kaggle3m", T) for T in (5, 20, 81)}
 COUNTDOWN = {"operands, T=1": printed(r"^  L={loops} +(\S+)")}
 for key, word in {"operands, T=34": "operands.* solved", "targets, T=34": "targets.* solved"}.items():
     COUNTDOWN[key] = printed(rf"^held-out {word} (\S+)%")
-for key in "begins well", "false equation 1", "false equation 2":
+for key in "begins well", "number not available", "false equation 1", "false equation 2":  # of the operands
     COUNTDOWN[key] = printed(rf"^held-out operands.* {key} (\S+)%")
+
+
+def carried_out(model):
+    """The share solved of the held-out operands that begin well."""
+    return 100 * COUNTDOWN["operands, T=34"](model) / COUNTDOWN["begins well"](model)
+
+
+COUNTDOWN["of those that begin well, solved"] = carried_out
 
 
 def compare(name, found, first, label, columns):
@@ -120,6 +128,15 @@ def compare(name, found, first, label, columns):
         head = both[0]
         rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{head['flops']:.1e}", *cells))
     table(name, (first, "parameters", "steps", "training FLOPs", *columns), *rows)
+
+
+def shape(model):
+    """Layers x loops, with head and tail layers if there are any: 1 + 1 x 5 + 2."""
+    text = "{layers} x {loops}"
+    if model["head_layers"] + model["tail_layers"]:
+        text = "{head_layers} + {layers} x {loops} + {tail_layers}"
+    changes = [", with additions"] * model["coord_bias"] + [", no norm, no loop embedding"] * (not model["loop_norm"])
+    return "".join([text.format_map(model), *changes])
 
 
 def choices(name, columns):
@@ -141,8 +158,7 @@ def depth():
     found.sort(key=lambda both: [both[0][fact] for fact in ("coord_bias", "steps", "flops")])
     what = [("ye2024_test", 1), ("ye2024_test", 5), *(("kaggle3m", T) for T in (5, 20, 81))]
     columns = NELBO | {f"{file}, T={T}": exact(file, T) for file, T in what}
-    label = "{layers} x {loops}", "{layers} x {loops}, with additions"
-    compare("sudoku-depth", found, "K x L", lambda model: label[model["coord_bias"]].format_map(model), columns)
+    compare("sudoku-depth", found, "K x L", shape, columns)
     found = {tuple(x[0][fact] for fact in ("layers", "loops", "steps", "coord_bias")): x for x in found}
 
     def mean(both, key, what="exact"):
@@ -226,7 +242,16 @@ if __name__ == "__main__":
     shares = "naked singles", "naked and hidden singles", "search"
     rows = ([f"{100 * x:.1f}%" if key in shares else x for key, x in row.items()] for row in solvers)
     table("Without a network", solvers[0], *rows)
-    for name in ("cpu", "long", "top30", "2000-bias", "2000-nobias"):
+    choices("countdown-choices", COUNTDOWN)
+    compare("countdown-depth", models("countdown-depth"), "K x L", shape, NELBO | COUNTDOWN)
+    columns = {f"T={T}": printed(r"^  L={loops}" + i * r" +\S+" + r" +(\S+)") for i, T in enumerate((1, 4, 8, 34))}
+    compare("countdown-depth, steps", models("countdown-depth"), "K x L", shape, columns)
+    compare("countdown-looping", models("countdown-looping"), "head + K x L + tail", shape, NELBO | COUNTDOWN)
+    pivot("countdown-orders", "solved", ["order"], lambda r: (r["order"],))
+    pivot("countdown-threshold", "solved", ["threshold"], lambda r: (r["threshold"],))
+    pivot("countdown-loops", "solved", ["L"], lambda r: (r["loops"],))
+    pivot("countdown-adaptive", "solved", ["model", "at most", "eps"], lambda r: (run(r), r["loops"], r["eps"]))
+    for name in ("cpu", "long", "top30"):
         runs(f"countdown-{name}", {"solved, held-out operands, n=128": ("held-out operands", 100, 1)})
     for name in ("sudoku-t60before", "sudoku-t60now", "countdown-cpu", "countdown-long"):
         pivot(name, "exact" if "sudoku" in name else "solved", ["file"], lambda r: (set_name(r),))
