@@ -649,6 +649,12 @@ def test_the_checker_names_what_is_wrong(answer, says):
     assert wrong is says if says is None else wrong.startswith(says) and wrong.startswith(countdown.mistakes(3))
 
 
+def test_nothing_is_divided_by_zero_or_taken_from_less():
+    assert countdown.check([5, 5, 7, 10], "5-5=0,7/0=0").startswith("false equation 2")
+    assert countdown.check([5, 5, 7, 10], "5-5=0,0/7=0").startswith("wrong target")
+    assert all(countdown.calculate(*side) is None for side in [(7, "/", 0), (7, "/", 2), (2, "-", 7)])
+
+
 def test_begins_well_judges_the_first_choice_by_brute_force():
     random, verdicts = np.random.default_rng(2), []
     for _ in range(20):

@@ -378,7 +378,8 @@ def evaluate(model, problems, equations=None, **how):
     x, cost = rmdm.sample_all(model, *start(model, problems, next(model.parameters()).device), **how)
     answers = [(problem, decode(tokens)) for problem, tokens in zip(problems, x.tolist())]
     wrong = [check(*answer) for answer in answers]
-    shares = {"begins well": np.mean([begins_well(*answer) for answer in answers])}
+    well = (w is None or begins_well(*answer) for w, answer in zip(wrong, answers))  # what is solved began well
+    shares = {"begins well": np.mean([*well])}
     for mistake in mistakes(problems.shape[1] - 1):
         shares[mistake] = np.mean([str(w).startswith(mistake) for w in wrong])
     return dict(n=len(wrong), solved=wrong.count(None) / len(wrong), **shares, **cost)

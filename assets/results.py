@@ -95,11 +95,11 @@ def models(name):
 
 
 def printed(pattern):
-    return lambda run: float(re.search(pattern.format_map(run), run["text"], re.M)[1])
+    return lambda model: float(re.search(pattern.format_map(model), model["text"], re.M)[1])
 
 
 def exact(file, T):
-    return lambda run: 100 * run["at"][file, T]["exact"]
+    return lambda model: 100 * model["at"][file, T]["exact"]
 
 
 NELBO = {"NELBO, nats": lambda model: model["nelbo"]}
@@ -121,10 +121,10 @@ COUNTDOWN["of those that begin well, solved"] = carried_out
 
 
 def compare(name, found, first, label, columns):
-    """A row for each model of `found`, named by label(its first run), the seeds side by side: {title: number(run)}."""
+    """A row for each model of `found`, named by label(model), the seeds side by side: {title: number(model)}."""
     rows = []
     for both in found:
-        cells = [" / ".join(f"{number(run):.1f}" for run in both) for number in columns.values()]
+        cells = [" / ".join(f"{number(model):.1f}" for model in both) for number in columns.values()]
         head = both[0]
         rows.append((label(head), f"{head['parameters']:,}", head["steps"], f"{head['flops']:.1e}", *cells))
     table(name, (first, "parameters", "steps", "training FLOPs", *columns), *rows)
@@ -135,8 +135,7 @@ def shape(model):
     text = "{layers} x {loops}"
     if model["head_layers"] + model["tail_layers"]:
         text = "{head_layers} + {layers} x {loops} + {tail_layers}"
-    changes = [", with additions"] * model["coord_bias"] + [", no norm, no loop embedding"] * (not model["loop_norm"])
-    return "".join([text.format_map(model), *changes])
+    return text.format_map(model) + ", with additions" * model["coord_bias"]
 
 
 def choices(name, columns):
