@@ -1,50 +1,45 @@
-"""Recursive Masked Diffusion Models (R-MDM): all of it in this file.
+"""Recursive Masked Diffusion Models (R-MDM): the method in one file.
 
 A masked diffusion model fills in MASK tokens over T denoising steps. R-MDM applies the same denoising
-transformer L times inside each step, so depth grows without parameters. This works on any sequence of
-discrete tokens: the file needs only PyTorch and tqdm, and can be copied alone.
+transformer L times inside each step, so depth grows without parameters. It works on any sequence of discrete
+tokens of a fixed length. The file needs PyTorch and tqdm and can be copied alone.
 
 References
-    [R]  Recursive Masked Diffusion Models, arXiv 2606.18022
-    [L]  LoopMDM: selective looping, adaptive loop count, arXiv 2605.26106
-    [S]  Scaling Beyond Masked Diffusion Language Models, arXiv 2602.15014 (the "simple" objective)
-    [M]  Simplified and Generalized Masked Diffusion, arXiv 2406.04329; MDLM, arXiv 2406.07524 (eqs. 1, 3)
-    [J]  Muon, https://kellerjordan.github.io/posts/muon (the optimizer)
-    [K]  Train for the Worst, Plan for the Best, arXiv 2502.06768 (the order matters: margin)
+    [R]  Recursive Scaling in Masked Diffusion Models, arXiv 2606.18022: eq. (2)
+    [L]  Looped Diffusion Language Models (LoopMDM), arXiv 2605.26106: eq. (7)
+    [S]  Scaling Beyond Masked Diffusion Language Models, arXiv 2602.15014: the simple objective, eq. (4)
+    [M]  Simplified and Generalized Masked Diffusion for Discrete Data, arXiv 2406.04329, and Simple and
+         Effective Masked Diffusion Language Models, arXiv 2406.07524: eqs. (1), (3) and ancestral (6)
+    [K]  Train for the Worst, Plan for the Best, arXiv 2502.06768: ordered (6), margin
+    [T]  truncated backpropagation through loops, with input injection: arXiv 2502.05171; TRM, arXiv 2510.04871
+    [J]  Muon, https://kellerjordan.github.io/posts/muon
 
-Map: equation numbers (1) to (7) are this project's own; the README lists them.
-    1. Schedule and forward process    eqs. (1), (3)    alpha, nelbo_weight, sample_t, corrupt
-    2. Recursive transformer           eqs. (2), (7)    Config, Layer, RMDM
-    3. Loss                            eqs. (3) to (5)  supervised, masked_ce, loss, nelbo
-    4. Sampler                         eqs. (6), (7)    certainty, sample, sample_all
-    5. Training loop, checkpoints                       TrainConfig, Muon, pick_device, save, load, train
-    6. Command line of the training scripts             configure, grid, by_noise, launch, cli
+Map: the numbers (1) to (8) are this project's own; the README lists the equations.
+    1. Schedule and forward process    eqs. (1), (3)        alpha, alpha_prime, alpha_inverse, corrupt
+    2. Recursive transformer           eqs. (2), (5), (7)   Config, Layer, RMDM
+    3. Loss                            eqs. (3) to (5)      loss, nelbo
+    4. Sampler                         eqs. (6), (8)        sample, sample_all
+    5. Training and checkpoints                             TrainConfig, train, load
+    6. What the scripts share                               override, run_script
 
 Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
 T denoising steps. x0 (B, N) int64 clean tokens; x_t the same, partly MASK; t (B,) in (0, 1]; `editable`
-(B, N) bool, True = may be masked: clues, prompts and padding are False and never change.
+(B, N) bool, True = may be masked: clues and prompts are False and never change. Shorter sequences are padded
+with a token of your own. One process uses one device.
 """
 
-import argparse
 import copy
-import ctypes
 import io
 import json
 import math
 import os
 import platform
-import re
-import signal
 import sys
-import threading
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-
-# Before torch is imported: a thread that waits for another one goes to sleep sooner. By default it spins for
-# so long that, next to any other busy process, two threads are slower than one.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn as nn
@@ -58,19 +53,24 @@ class BadInput(ValueError):
     """What the person at the keyboard can mend: told in one line, without a traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Schedule and forward process, eqs. (1) and (3)
-# ---------------------------------------------------------------------------------------------------
+# ---- 1. Schedule and forward process ----
+
+# The schedule is these three functions of tensors. All else derives from them: another schedule is another three.
 
 
 def alpha(t):
-    """Probability that a token is still visible at time t: linear, alpha_t = 1 - t, eq. (1)."""
+    """Probability that an editable token is still visible at time t: from 1 at t = 0 to 0 at t = 1, eq. (1)."""
     return 1 - t
 
 
-def nelbo_weight(t):
-    """-alpha'_t / (1 - alpha_t), eq. (3). With alpha_t = 1 - t the derivative is -1, so this is 1/t."""
-    return 1 / (1 - alpha(t))
+def alpha_prime(t):
+    """The derivative of alpha."""
+    return -torch.ones_like(t)
+
+
+def alpha_inverse(a):
+    """The t at which alpha(t) = a, that is, at which the share 1 - a is masked on average."""
+    return 1 - a
 
 
 def sample_t(n, generator=None, device=None):
@@ -81,50 +81,47 @@ def sample_t(n, generator=None, device=None):
 
 
 def corrupt(x0, t, editable, generator=None):
-    """Forward process, eq. (1): each editable token becomes MASK independently with probability 1 - alpha_t.
-
-    Returns x_t (B, N) and `masked` (B, N) bool, True = is MASK now and was not given."""
+    """Forward process, eq. (1): x_t (B, N), and `masked` (B, N) bool, True = is MASK now and was not given."""
+    if x0.ndim != 2 or x0.shape != editable.shape:
+        raise BadInput(f"x0 {tuple(x0.shape)} and editable {tuple(editable.shape)}: both are (B, N)")
+    if (editable & (x0 == MASK)).any():
+        raise BadInput(f"x0 has the token {MASK} at an editable position: {MASK} is MASK, clean tokens are 1..V-1")
     u = torch.rand(x0.shape, generator=generator, device=x0.device)
-    masked = editable & (u < 1 - alpha(t)[:, None])
+    masked = editable & (u < 1 - alpha(t)[:, None])  # (1): MASK with probability 1 - alpha_t
     return torch.where(masked, MASK, x0), masked
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Recursive transformer, eqs. (2) and (7)
-# ---------------------------------------------------------------------------------------------------
-
+# ---- 2. Recursive transformer ----
 
 @dataclass
 class Config:
-    """The model. Everything here travels in a checkpoint.
+    """The model; it travels in the checkpoint.
 
-    coords gives each position its coordinates, one embedding table per axis, summed (our choice: on
-    Sudoku a single table of 81 solves a third fewer, see the README). An int n stands for a plain sequence of
-    n positions, one axis."""
+    coords: an int N for a plain sequence of N positions, or N rows of as many coordinates as there are axes,
+    integers from 0 (Sudoku: row, column, box). One embedding table an axis; a position's are summed."""
 
     vocab: int  # V: tokens, MASK included
-    coords: tuple  # N rows of as many integers as there are axes, or an int N
+    coords: tuple  # fixes the length N
     width: int = 64  # d: what a CPU trains in minutes
     heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider is faster on a CPU
     layers: int = 1  # K: layers of the shared block
-    loops: int = 8  # L: loops in training (the largest, if sampled) and, by default, in sampling
+    loops: int = 8  # L: loops in training (the largest, if drawn) and, by default, in sampling
     head_layers: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
     tail_layers: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
-    loop_embedding: bool = True  # v^l of eq. (2); beyond the trained L the last one repeats (our choice)
-    loop_norm: bool = True  # Norm of eq. (2)
-    time: bool = False  # t enters f; off: the number of MASKs already tells t
-    inject: bool = False  # add h^0 again at every loop; not in the paper
-    coord_bias: bool = False  # attention favours, or shuns, positions that share a coordinate; not in the paper
+    time: bool = False  # t enters f, eq. (2); off, since the number of MASKs tells t
+    loop_embedding: bool = True  # v^l, eq. (2)
+    inject: bool = False  # ours: h^0 is added again at every loop [T]; carries more loops than were trained
+    coord_bias: bool = False  # ours: a relative position bias, see Layer; learns grids faster
 
     def __post_init__(self):
-        try:
-            coords = torch.as_tensor(self.coords)
-            coords = coords if coords.ndim else torch.arange(coords)[:, None]
-        except (TypeError, ValueError, RuntimeError):
-            coords = torch.empty(0)
-        if coords.ndim != 2 or not coords.numel() or coords.is_floating_point() or coords.min() < 0:
-            raise BadInput("coords needs a row of integers from 0 for each position, as many in each row")
-        self.coords = tuple(map(tuple, coords.tolist()))  # plain integers: all that a checkpoint may hold
+        coords = torch.as_tensor(self.coords)
+        coords = coords if coords.ndim else torch.arange(int(coords))[:, None]
+        whole = coords.ndim == 2 and coords.numel() and not coords.is_floating_point() and coords.min() >= 0
+        if not whole or len(coords) > 4096 or coords.shape[1] > 8:
+            raise BadInput("coords needs a row for each position, 4096 at most, of 1 to 8 integers from 0")
+        self.coords = tuple(map(tuple, coords.tolist()))
+        if wrong := [f for f in fields(self) if not isinstance(getattr(self, f.name), f.type)]:
+            raise BadInput(f"{wrong[0].name} must be of type {wrong[0].type.__name__}")
         if min(self.width, self.heads, self.layers, self.loops) < 1 or self.width % self.heads:
             raise BadInput("width, heads, layers and loops are at least 1, and heads divides width")
         if min(self.head_layers, self.tail_layers) < 0:
@@ -135,9 +132,9 @@ class Layer(nn.Module):
     """One bidirectional pre-norm transformer layer, (B, N, d) -> (B, N, d).
 
     With axes > 0 a learned number for each head and axis is added to the attention logits of two positions that
-    share their coordinate on that axis: same (axes, N, N), 1 where they do, else 0."""
+    share their coordinate on that axis, a relative position bias: same (axes, N, N), 1 where they do, else 0."""
 
-    def __init__(self, width, heads, axes=0):
+    def __init__(self, width, heads, axes):
         super().__init__()
         self.heads = heads
         # Every second head begins by favouring such positions, the others by shunning them: what a lucky seed
@@ -151,11 +148,11 @@ class Layer(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, h, same=None):
+    def forward(self, h, same):
         B, N, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, N, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.bias is None else (self.bias * same).sum(1).to(q.dtype)  # (heads, N, N)
-        if h.device.type == "cpu":  # for short sequences faster than torch's kernels, see pick_device
+        if h.device.type == "cpu":  # for short sequences 1.1 to 1.7 times as fast as torch's kernel
             a = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
             a = (a if bias is None else a + bias).softmax(-1) @ v
         else:
@@ -168,32 +165,32 @@ class RMDM(nn.Module):
     """The denoiser p_theta(x0 | x_t) of eq. (2):
 
         h^0 = E(x_t, t)
-        h^l = f_theta(Norm(h^{l-1} + v^l), t),   l = 1..L,   f: K layers, the same for all loops
+        h^l = f(Norm(h^{l-1} + v^l), t),   l = 1..L      f: K layers, the same for all loops
         p_theta(x0 | x_t) = softmax D(h^L)
 
-    and of eq. (7), where head layers end E and tail layers begin D, so that a read-off after any loop
-    means: tail layers, Norm, linear map. Only h carries information from loop to loop.
+    and of eq. (7): head layers end E, tail layers begin D. Only h carries information from loop to loop.
 
-    Our choices: with `time`, sinusoids of t through a linear map are added to h^0 and to h at every loop;
-    the initialization below."""
+    Our choices: t enters as sinusoids through a linear map, added to h^0 and again at every loop; LayerNorm; v^l
+    begins at 0, and beyond the trained loops the last one repeats; the initialization below."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.register_buffer("coords", torch.tensor(c.coords), persistent=False)  # (N, axes)
+        # (N, axes), on the CPU even where `load` builds the weights without memory
+        self.register_buffer("coords", torch.tensor(c.coords, device="cpu"), persistent=False)
         axes = self.coords.shape[1] if c.coord_bias else 0
         same = (self.coords == self.coords[:, None]).permute(2, 0, 1).float() if axes else None  # (axes, N, N)
         self.register_buffer("same", same, persistent=False)
         self.token = nn.Embedding(c.vocab, c.width)
-        self.place = nn.ModuleList(nn.Embedding(n, c.width) for n in (self.coords.amax(0) + 1).tolist())
+        self.position = nn.ModuleList(nn.Embedding(1 + max(axis), c.width) for axis in zip(*c.coords))
         if c.time:
             self.time = nn.Linear(16, c.width)
         self.head = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.head_layers))
         self.block = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.layers))
         self.tail = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.tail_layers))
         if c.loop_embedding:
-            self.loop = nn.Embedding(c.loops, c.width)
-        self.loop_norm = nn.LayerNorm(c.width) if c.loop_norm else nn.Identity()
+            self.v = nn.Embedding(c.loops, c.width)
+        self.loop_norm = nn.LayerNorm(c.width)
         self.norm = nn.LayerNorm(c.width)
         self.unembed = nn.Linear(c.width, c.vocab - 1)  # no logit for MASK
         for m in self.modules():
@@ -205,32 +202,50 @@ class RMDM(nn.Module):
                 nn.init.normal_(m.weight, std=0.5)  # token and three coordinates together: about 1
         nn.init.zeros_(self.unembed.weight)  # start from equal probabilities
         if c.loop_embedding:
-            nn.init.zeros_(self.loop.weight)  # start with all loops alike
+            nn.init.zeros_(self.v.weight)  # start with all loops alike
+
+    def embed_time(self, t):
+        """t (B,) -> (B, 1, d)."""
+        angle = t[:, None] * math.pi * 2.0 ** torch.arange(-1, 7, device=t.device)
+        return self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
 
     def encode(self, x_t, t):
-        """E: h^0 (B, N, d), and the time vector (B, 1, d) that every loop gets as well (None without time)."""
-        h = self.token(x_t) + sum(table(self.coords[:, i]) for i, table in enumerate(self.place))
-        c = None
+        """E: x_t (B, N), t (B,) -> h^0 (B, N, d). Raises BadInput for another length than N."""
+        if x_t.shape[1:] != self.coords.shape[:1]:
+            raise BadInput(f"sequences of shape {tuple(x_t.shape[1:])}: this model's have N = {len(self.coords)}")
+        h = self.token(x_t) + sum(table(self.coords[:, axis]) for axis, table in enumerate(self.position))
         if self.config.time:
-            angle = t[:, None] * math.pi * 2.0 ** torch.arange(-1, 7, device=t.device)
-            c = self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
-            h = h + c
+            h = h + self.embed_time(t)
         for layer in self.head:
             h = layer(h, self.same)
-        return h, c
-
-    def recur(self, h, l, h0, c):
-        """One loop of eq. (2): h^{l-1} -> h^l, l counted from 1."""
-        if c is not None:
-            h = h + c
-        if self.config.loop_embedding:
-            h = h + self.loop.weight[min(l, self.config.loops) - 1]
-        if self.config.inject:
-            h = h + h0
-        h = self.loop_norm(h)
-        for layer in self.block:
-            h = layer(h, self.same)
         return h
+
+    def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None):
+        """The recursion, eq. (2): a generator of h^0, h^1, .., h^loops, each (B, N, d).
+
+        grad_loops > 0: only the last so many loops carry gradient, eq. (5). noise > 0: h^0 has Gaussian noise of
+        this size, eq. (8). What is sent in, a bool (B,), says which examples go on."""
+        c = self.config
+        h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
+        if noise:
+            h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
+        h = h0
+        go = yield h
+        for l in range(1, loops + 1):
+            if go is not None:
+                h, h0, t = h[go], h0[go], t[go]
+            grad = torch.is_grad_enabled() and (not grad_loops or l > loops - grad_loops)
+            with torch.set_grad_enabled(grad):
+                if c.time:
+                    h = h + self.embed_time(t)
+                if c.loop_embedding:
+                    h = h + self.v.weight[min(l, c.loops) - 1]  # h^{l-1} + v^l
+                if c.inject:
+                    h = h + h0
+                h = self.loop_norm(h)  # Norm(h^{l-1} + v^l)
+                for layer in self.block:
+                    h = layer(h, self.same)  # h^l = f(.)
+            go = yield h
 
     def decode(self, h):
         """D: (B, N, d) -> logits (B, N, V); MASK has -inf, that is, no probability."""
@@ -238,26 +253,40 @@ class RMDM(nn.Module):
             h = layer(h, self.same)
         return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
-    def infer(self, x_t, t, loops=None, eps=0.0):
-        """For sampling: logits (B, N, V) of the last loop and the loops used (B,).
+    def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0):
+        """Logits (R, B, N, V): after the final loop, R = 1, or, with supervise="all", after each that carries
+        gradient, which without grad_loops is each of `loops` (default: as trained).
 
-        eps > 0 stops an example at loop k once ||h^k - h^{k-1}|| / ||h^k|| < eps, eq. (7); `loops` is the
-        limit then. An example that stops costs nothing more."""
+        Raises BadInput for loops without gradient in a model without injection: E would get none."""
         loops = loops or self.config.loops
+        if 0 < grad_loops < loops and not self.config.inject:
+            raise BadInput(f"grad_loops={grad_loops} of {loops} loops needs inject=true, or E gets no gradient")
+        states = list(self.states(x_t, t, loops, grad_loops))[1:]
+        read_at = {"all": states[-grad_loops:], "final": states[-1:]}[supervise]  # (5)
+        return self.decode(torch.cat(read_at)).view(len(read_at), *x_t.shape, -1)
+
+    def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None):
+        """For sampling: logits (B, N, V) of the last loop, and the loops used (B,).
+
+        eps > 0 stops an example at the first loop k at which ||h^k - h^{k-1}|| / ||h^k|| < eps, eq. (7); `loops`
+        is the limit then. An example that stops costs nothing more."""
+        loops = loops or self.config.loops
+        used = torch.full_like(x_t[:, 0], loops)
+        states = self.states(x_t, t, loops, noise=noise, generator=generator)
         if not eps:
-            return self(x_t, t, loops)[0], torch.full_like(x_t[:, 0], loops)
-        h0, c = self.encode(x_t, t)
-        h, used = h0.clone(), torch.zeros_like(x_t[:, 0])
-        going = torch.arange(len(x_t), device=x_t.device)
+            *_, final = states
+            return self.decode(final), used
+        h = next(states)
+        final, going, go = torch.empty_like(h), torch.arange(len(h), device=h.device), None
         for l in range(1, loops + 1):
-            old = h[going]
-            new = self.recur(old, l, h0[going], None if c is None else c[going])
-            h[going], used[going] = new, l
-            change = (new - old).flatten(1).norm(dim=1) / new.flatten(1).norm(dim=1)
-            going = going[change >= eps]
+            old, h = h if go is None else h[go], states.send(go)
+            change = (h - old).flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)  # (7)
+            go = (change >= eps) & (l < loops)
+            final[going[~go]], used[going[~go]] = h[~go], l
+            going = going[go]
             if not len(going):
                 break
-        return self.decode(h), used
+        return self.decode(final), used
 
     def flops(self, loops, reads=1):
         """Floating-point operations of one example's forward pass with `reads` read-offs (matrix products)."""
@@ -266,123 +295,108 @@ class RMDM(nn.Module):
         layers = c.head_layers + loops * c.layers + reads * c.tail_layers
         return layers * layer + reads * N * 2 * c.width * (c.vocab - 1)
 
-    def forward(self, x_t, t, loops=None, read=None, grad_from=1):
-        """Logits (len(read), B, N, V) after the loops named in `read`, counted from 1 (default: the last). Loops
-        before `grad_from` run without gradient."""
-        loops = loops or self.config.loops
-        read = read or (loops,)
-        h0, c = self.encode(x_t, t)
-        h, out = h0, []
-        for l in range(1, loops + 1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and l >= grad_from):
-                h = self.recur(h, l, h0, c)
-            if l in read:
-                out.append(h)
-        return self.decode(torch.cat(out)).view(len(out), *x_t.shape, -1)
+
+# ---- 3. Loss ----
+
+def nelbo_weight(t):
+    """The weight of eq. (3): -alpha'_t / (1 - alpha_t), here 1/t."""
+    return -alpha_prime(t) / (1 - alpha(t))
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Loss, eqs. (3) to (5)
-# ---------------------------------------------------------------------------------------------------
+WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # eqs. (3) and (4)
 
 
-def supervised(supervise, loops):
-    """The loops whose read-off is in the loss, eq. (5), all with equal weight: a range, counted from 1. And the
-    first loop with gradient.
-
-    supervise: "all"; "final", the last, with gradient through all loops; or a number M: the last M, and those
-    before run without gradient. That is our reading of the paper's "truncated" supervision: it needs injection,
-    or else E has no gradient, and it makes each loop beyond the M nearly three times cheaper."""
-    supervise = str(supervise)
-    if not re.fullmatch("all|final|0*[1-9][0-9]{0,5}", supervise):
-        raise BadInput(f"supervise is all, final or a number from 1, not {supervise[:40]!r}")
-    last = {"all": loops, "final": 1}.get(supervise) or int(supervise)
-    read = range(max(loops - last, 0) + 1, loops + 1)
-    return read, 1 if supervise == "final" else read[0]
-
-
-def masked_ce(model, x0, editable, t, loops, read, generator, grad_from=1):
-    """Mask x0 at times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked, after each loop in
-    `read`: (len(read), B, N) nats; no gradient before loop `grad_from`. Also returns the share of masked tokens
-    that the last gets right."""
+def masked_ce(model, x0, editable, t, generator=None, **how):
+    """Mask x0 at times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats, R and `how`
+    as in RMDM.forward. Also returns the share of masked tokens that the last loop gets right."""
     x_t, masked = corrupt(x0, t, editable, generator)
-    logits = model(x_t, t, loops, read, grad_from).float()
+    logits = model(x_t, t, **how).float()
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
-    ce = F.cross_entropy(logits.flatten(0, 2), target.repeat(len(read), 1).flatten(), reduction="none")
+    ce = F.cross_entropy(logits.flatten(0, 2), target.repeat(len(logits), 1).flatten(), reduction="none")
     right = (logits[-1].argmax(-1) == target).sum() / masked.sum().clamp(min=1)
-    return ce.view(len(read), *x0.shape), right
+    return ce.view(logits.shape[:3]), right
 
 
-def loss(model, x0, editable, objective="simple", supervise="all", loops=None, generator=None):
-    """Training loss: the mean over supervised loops of eq. (3) or (4), in nats per editable token.
+def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None):
+    """Training loss, in nats per editable token, and the share of masked tokens that the last loop gets right.
 
-    objective: "elbo", eq. (3), or "simple", eq. (4): the same without the weight 1/t. Both divide by the
-    number of editable tokens in the batch, so that one learning rate suits both. Not by the number masked:
-    that would differ by a factor of about 2; nor example by example: that is the any-order objective.
-    Returns (loss, share of masked tokens that the last loop predicts right)."""
-    loops = loops or model.config.loops
-    read, grad_from = supervised(supervise, loops)
+    objective    "elbo", eq. (3), or "simple", eq. (4), the same without the weight. Both are divided by the number of
+                 editable tokens in the batch, so that one learning rate suits both
+    supervise    eq. (5): the mean over "all" loops that carry gradient, or the "final" one
+    grad_loops   eq. (5): truncated backpropagation [T], only the last so many loops carry gradient; 0 = all do
+
+    model may be wrapped by torch (DistributedDataParallel, torch.compile). Raises BadInput as `corrupt`,
+    `RMDM.encode` and `RMDM.forward` do."""
     t = sample_t(len(x0), generator, x0.device)
-    ce, right = masked_ce(model, x0, editable, t, loops, read, generator, grad_from)
-    if objective == "elbo":
-        ce = ce * nelbo_weight(t)[:, None]
-    return ce.sum((1, 2)).mean() / editable.sum().clamp(min=1), right
+    how = dict(loops=loops, supervise=supervise, grad_loops=grad_loops)
+    ce, right = masked_ce(model, x0, editable, t, generator, **how)
+    ce = ce * WEIGHTS[objective](t)[:, None]  # (3) or (4)
+    return ce.sum((1, 2)).mean() / editable.sum().clamp(min=1), right  # the mean is over loops, (5)
 
 
 @torch.no_grad()
 def nelbo(model, x0, editable, loops=None, generator=None):
     """One unbiased estimate of the NELBO, eq. (3), for each example: (B,) nats, final loop. Its mean bounds
     the mean of -log p(x0 at the editable positions | the others) from above."""
-    loops = loops or model.config.loops
     t = sample_t(len(x0), generator, x0.device)
-    ce, _ = masked_ce(model, x0, editable, t, loops, (loops,), generator)
+    ce, _ = masked_ce(model, x0, editable, t, generator, loops=loops)
     return nelbo_weight(t) * ce[0].sum(1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Sampler, eqs. (6) and (7)
-# ---------------------------------------------------------------------------------------------------
+# ---- 4. Sampler ----
 
 ORDERS = ("ancestral", "random", "confidence", "margin", "entropy")
 
 
-def certainty(p, order):
-    """How sure p (..., V) is of each position, by the name of an order: (...), the highest goes first."""
+def reveal_ancestral(masked, t, s, generator):
+    """What the exact reverse process from t to s reveals, eq. (6): (B, N) bool."""
+    share = (alpha(s) - alpha(t)) / (1 - alpha(t))  # (6)
+    return masked & (torch.rand(masked.shape, generator=generator, dtype=t.dtype, device=t.device) < share)
+
+
+def reveal_ordered(masked, p, steps_left, order, threshold, generator):
+    """The ceil(masked / steps left) surest of each example, eq. (6), by p (B, N, V), and all at or above the
+    threshold: (B, N) bool."""
+    sure = score = p.amax(-1)
     if order == "margin":
-        first, second = p.topk(2, -1).values.unbind(-1)
-        return first - second
-    if order == "entropy":
-        return torch.xlogy(p, p).sum(-1)  # minus the entropy: the least uncertain first
-    return p.amax(-1)
+        score = p.topk(2, -1).values.diff(dim=-1)[..., 0].neg()
+    elif order == "entropy":
+        score = torch.xlogy(p, p).sum(-1)  # minus the entropy: the least uncertain first
+    elif order == "random":
+        score = torch.rand(sure.shape, generator=generator, dtype=p.dtype, device=p.device)
+    rank = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    chosen = rank < -(-masked.sum(1, keepdim=True) // steps_left)  # (6)
+    return masked & (chosen if threshold is None else chosen | (sure >= threshold))
 
 
 @dataclass
-class Sample:
+class Filled:
     """What `sample` returns. One pass = one denoising step in which the network ran for the example."""
 
     x: torch.Tensor  # (B, N) the filled-in sequences
     passes: torch.Tensor  # (B,) passes used
     nfe: torch.Tensor  # (B,) loops, summed over the passes
     trace: list  # if asked for, a dict a step: x (B, N), revealed (B, N) bool, sure (B, N) top probability, loops (B,)
+    tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
 
 
 @torch.no_grad()
 def sample(
     model, x, editable=None, steps=1, order="confidence", loops=None, eps=0.0,
-    threshold=None, temperature=None, generator=None, trace=False,
+    threshold=None, temperature=None, noise=0.0, generator=None, trace=False,
 ):
     """Fill in the editable positions of x (B, N) in T = `steps` denoising steps, eq. (6).
 
-    editable     (B, N) bool, True = start from MASK and fill in; False never changes. Default: x == MASK.
-    order        "ancestral": a masked token is revealed with probability (alpha_s - alpha_t)/(1 - alpha_t),
-                 the exact reverse process. Otherwise ceil(masked / steps left) tokens a step, by the highest
-                 top probability ("confidence"), the largest gap between the two likeliest ("margin") [K],
-                 the lowest "entropy", or at "random". The last step reveals everything.
-    loops, eps   loops per step, or at most that many with the adaptive stop of `RMDM.infer`.
-    threshold    reveal besides, at every step, all whose top probability reaches it: steps then adapt.
+    editable     (B, N) bool, True = start from MASK and fill in; False never changes. Default: x == MASK
+    order        "ancestral": the exact reverse process. Otherwise ceil(masked / steps left) tokens a step: by the
+                 highest top probability ("confidence"), the largest gap between the two likeliest ("margin") [K],
+                 the lowest "entropy", or at "random". The last step reveals everything
+    loops, eps   loops per step, or at most that many with the adaptive stop of `RMDM.infer`
+    threshold    reveal besides, at every step, all whose top probability reaches it: steps then adapt
     temperature  of the drawn tokens: 1 draws from p_theta, 0 takes the likeliest (right for puzzles).
-                 Default: 1 in ancestral order, else 0. The order is always judged at temperature 1.
-    generator    a torch.Generator on the model's device (for MPS, on the CPU).
+                 Default: 1 in ancestral order, else 0. The order is always judged at temperature 1
+    noise        of h^0, drawn anew at every step, eq. (8)
+    generator    a torch.Generator on the model's device
 
     An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it.
     Raises BadInput for an unknown order, steps or loops < 1, temperature < 0, or a threshold in ancestral order."""
@@ -390,78 +404,77 @@ def sample(
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     if steps < 1 or (loops is not None and loops < 1) or (threshold is not None and order == "ancestral"):
         raise BadInput("steps and loops are at least 1, and a threshold needs an order other than ancestral")
-    if temperature is None:
-        temperature = 1.0 if order == "ancestral" else 0.0
-    elif not temperature >= 0:
-        raise BadInput(f"temperature is at least 0, not {temperature}")
-    # Draws are in float64: float32 noise is too coarse for rare tokens. MPS has no float64, so there all
-    # but the network runs on the CPU.
-    device, home = x.device, torch.device("cpu") if x.device.type == "mps" else x.device
-    editable = (x == MASK if editable is None else editable).to(home)
-    x = torch.where(editable, MASK, x.to(home))
-    masked = editable.clone()  # not x == MASK: that would fill in a MASK the caller wants kept
+    temperature = float(order == "ancestral") if temperature is None else temperature
+    if not 0 <= temperature < math.inf:
+        raise BadInput(f"temperature is at least 0 and finite, not {temperature}")
+    editable = x == MASK if editable is None else editable
+    x, masked = torch.where(editable, MASK, x), editable.clone()  # not x == MASK: a MASK may be there to be kept
     passes, nfe, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
-
-    def noise(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64, device=home)
-
     for left in range(steps, 0, -1):
-        if not masked.any():
-            break
-        t, s = left / steps, (left - 1) / steps
-        if order == "ancestral":  # what is revealed does not depend on the network: decide it first
-            reveal = masked & (noise(*x.shape) < (alpha(s) - alpha(t)) / (1 - alpha(t)))
-            i = reveal.any(1).nonzero()[:, 0]
-            times = torch.full((len(i),), t, device=home)
-        else:  # the order leaves the schedule, so t is the share that is masked now
+        if order == "ancestral":  # what is revealed does not depend on the network
+            t, s = torch.tensor([left, left - 1], dtype=torch.float64, device=x.device) / steps
+            reveal = reveal_ancestral(masked, t, s, generator)
+            i = reveal.any(1).nonzero()[:, 0]  # the examples that need the network
+            t = t.float().expand(len(i))
+        else:  # the order leaves the schedule, so t is that of the share that is masked now
             i = masked.any(1).nonzero()[:, 0]
-            times = masked[i].sum(1) / editable[i].sum(1)
+            t = alpha_inverse(1 - masked[i].sum(1) / editable[i].sum(1))
         if not len(i):
             continue
-        logits, used = model.infer(x[i].to(device), times.to(device), loops, eps)
-        logits, used = logits.to(home).double(), used.to(home)
-        p = logits.softmax(-1)
-        sure = p.amax(-1)
+        logits, used = model.infer(x[i], t, loops, eps, noise, generator)
+        p = logits.double().softmax(-1)
         if order != "ancestral":
-            score = noise(*sure.shape) if order == "random" else certainty(p, order)
-            rank = score.masked_fill(~masked[i], -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-            chosen = rank < -(-masked[i].sum(1, keepdim=True) // left)  # ceil(masked / steps left)
-            if threshold is not None:
-                chosen |= sure >= threshold
             reveal = torch.zeros_like(masked)
-            reveal[i] = masked[i] & chosen
+            reveal[i] = reveal_ordered(masked[i], p, left, order, threshold, generator)
+        token = p.argmax(-1)
         if temperature:
-            p = (logits / max(temperature, 1e-6)).softmax(-1)  # below that the division overflows
-            token = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
-        else:
-            token = p.argmax(-1)
+            drawn = (logits.double() / max(temperature, 1e-6)).softmax(-1)  # below that the division overflows
+            token = torch.multinomial(drawn.flatten(0, 1), 1, generator=generator).view(token.shape)
         x[i] = torch.where(reveal[i], token, x[i])
         masked = masked & ~reveal
         passes[i] += 1
         nfe[i] += used
         if trace:
-            everyone = torch.zeros(x.shape, dtype=sure.dtype, device=home).index_copy(0, i, sure)
-            history.append(dict(x=x.clone(), revealed=reveal, sure=everyone, loops=torch.zeros_like(nfe)))
+            sure = torch.zeros(x.shape, dtype=p.dtype, device=x.device).index_copy(0, i, p.amax(-1))
+            history.append(dict(x=x.clone(), revealed=reveal, sure=sure, loops=nfe.new_zeros(len(x))))
             history[-1]["loops"][i] = used
-    return Sample(x.to(device), passes, nfe, history)
+    return Filled(x, passes, nfe, history)
 
 
-def sample_all(model, x, editable=None, batch=128, **how):
-    """`sample` in batches that fit a cache: the filled-in x (n, N), and the mean cost of an example as a
-    dict: nfe (loops), layer_passes (of any layer: K a loop; head and tail once a pass), seconds (in all)."""
-    began, c, outs = time.perf_counter(), model.config, []
-    for i in range(0, max(len(x), 1), batch):  # one batch, an empty one, of no examples
-        outs.append(sample(model, x[i : i + batch], None if editable is None else editable[i : i + batch], **how))
-    x, passes, nfe = (torch.cat([getattr(out, part) for out in outs]) for part in ("x", "passes", "nfe"))
-    layers = (nfe * c.layers + passes * (c.head_layers + c.tail_layers)).double().mean().item()
-    seconds = time.perf_counter() - began
-    return x, dict(nfe=nfe.double().mean().item(), layer_passes=layers, seconds=seconds)
+def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=128, trace=False, **how):
+    """`sample` in batches that fit a cache, with restarts, eq. (8): what `judge` refuses is tried again.
+
+    judge    judge(i, x) -> (n,) scores the answers x (n, N) to the problems i (n,): 1 is right, less is less so
+    tries    at most so many. The first is without noise, so that it is what it would be alone
+    noise    of h^0 in the others: the largest that cost a single try little
+
+    Returns Filled: each problem's best x, with the trace of that try as a list of its own steps; passes and nfe
+    summed over the tries. Raises BadInput as `sample` does."""
+    if tries < 1 or not noise >= 0:
+        raise BadInput("tries is at least 1, noise at least 0")
+    editable = x == MASK if editable is None else editable
+    todo, best = torch.arange(len(x), device=x.device), x.new_full(x.shape[:1], -1, dtype=torch.float64)
+    passes, nfe, count = (torch.zeros_like(x[:, 0]) for _ in range(3))
+    answer, traces = x.clone(), [[] for _ in x]
+    for k in range(tries):
+        for i in todo.split(batch):
+            out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
+            score = torch.ones(len(i)) if judge is None else torch.as_tensor(judge(i, out.x))
+            score = score.to(best)  # its device and type
+            better = score > best[i]
+            best[i] = score.maximum(best[i])
+            answer[i[better]] = out.x[better]
+            passes[i], nfe[i], count[i] = passes[i] + out.passes, nfe[i] + out.nfe, k + 1
+            for row in better.nonzero()[:, 0].tolist() if trace else ():
+                steps = [{key: value[row] for key, value in step.items()} for step in out.trace]
+                traces[i[row]] = [step for step in steps if step["loops"]]
+        todo = todo[best[todo] < 1]
+        if not len(todo):
+            break
+    return Filled(answer, passes, nfe, traces, count)
 
 
-# ---------------------------------------------------------------------------------------------------
-# 5. Training loop and checkpoints
-# ---------------------------------------------------------------------------------------------------
-
+# ---- 5. Training and checkpoints ----
 
 @dataclass
 class TrainConfig:
@@ -469,411 +482,246 @@ class TrainConfig:
 
     steps: int = 4000
     batch: int = 32
-    lr: float = 0.02  # Muon, for the matrices inside the layers
-    lr_rest: float = 4e-3  # AdamW, for embeddings, norms, biases, D
+    muon: bool = True  # [J] for the matrices inside the layers: learns puzzles in half the steps of AdamW alone
+    lr: float = 0.02  # of Muon
+    lr_rest: float = 4e-3  # of AdamW: embeddings, norms, biases, D; without Muon all
     warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
-    objective: str = "simple"  # eq. (4), or "elbo", eq. (3)
-    supervise: str = "all"  # eq. (5): dense, as [R] is said to be; or final; or M: the last M, no gradient before
-    loops_min: int = 0  # from 1 to loops - 1: the loop count is drawn from loops_min..loops at each step, eq. (7)
+    objective: str = "simple"  # eq. (4), or elbo, eq. (3)
+    supervise: str = "all"  # eq. (5), as [R] is said to do, or final
+    grad_loops: int = 0  # eq. (5): only the last so many loops carry gradient; 0 = all
+    loops_min: int = 0  # from 1: the loop count is drawn from loops_min..loops at each step, eq. (7); 0 = always loops
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
     eval_every: int = 1000  # steps; one evaluation takes seconds
-    save_every: int = 500  # steps: about half a minute that a power cut may cost
+    save_every: int = 250  # steps: the half minute or so that a stop may cost
 
     def __post_init__(self):
-        supervised(self.supervise, 1)  # raises BadInput
-        if self.objective not in ("simple", "elbo"):
-            raise BadInput(f"objective is simple or elbo, not {self.objective!r}")
-        if self.loops_min < 0 or not 0 <= self.ema < 1:
-            raise BadInput("loops_min is at least 0, ema from 0 to below 1")
-        if not (self.lr > 0 and self.lr_rest > 0 and self.clip > 0 and self.weight_decay >= 0):  # nan is neither
-            raise BadInput("lr, lr_rest and clip are above 0, weight_decay at least 0")
+        if self.objective not in WEIGHTS or self.supervise not in ("all", "final"):
+            raise BadInput("objective is simple or elbo, supervise all or final")
+        if min(self.loops_min, self.grad_loops) < 0 or not 0 <= self.ema < 1 or not 0 <= self.seed < 2**32:
+            raise BadInput("loops_min and grad_loops are at least 0, ema from 0 to below 1, seed from 0 to below 2**32")
+        if not (0 < self.lr < 1e3 and 0 < self.lr_rest < 1e3 and self.clip > 0 and self.weight_decay >= 0):
+            raise BadInput("lr and lr_rest are above 0 and below 1000, clip above 0, weight_decay at least 0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized by five Newton-Schulz iterations [J], for 2-d weights.
-
-    Ours in float32 because torch.optim.Muon iterates in bfloat16, which many CPUs only emulate."""
-
-    def __init__(self, params, lr, weight_decay):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for w in group["params"]:
-                m = self.state[w].setdefault("momentum", torch.zeros_like(w))
-                m.lerp_(w.grad, 0.05)
-                x = w.grad.lerp(m, 0.95)  # Nesterov
-                wide = x.shape[0] <= x.shape[1]
-                x = x if wide else x.T
-                x = x / (x.norm() + 1e-7)
-                for _ in range(5):  # pushes every singular value of x towards 1
-                    a = x @ x.T
-                    x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
-                w.mul_(1 - group["lr"] * group["weight_decay"])
-                w.add_(x if wide else x.T, alpha=-group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+def make_optimizers(model, training):
+    """[(optimizer, peak learning rate), ..]: Muon for the matrices inside the layers, AdamW for the rest."""
+    inside, rest = [], []
+    for name, w in model.named_parameters():
+        matrix = training.muon and w.ndim == 2 and name.startswith(("head.", "block.", "tail."))
+        (inside if matrix else rest).append(w)
+    pairs = [(torch.optim.AdamW(rest, weight_decay=training.weight_decay, fused=True), training.lr_rest)]
+    if inside:
+        pairs.append((torch.optim.Muon(inside, weight_decay=training.weight_decay), training.lr))
+    return pairs
 
 
-def make_optimizers(model, config):
-    """Muon for the matrices inside the layers, AdamW for the rest: embeddings, norms, biases, D."""
-    matrices = [w for part in (model.head, model.block, model.tail) for w in part.parameters() if w.ndim == 2]
-    rest = [w for w in model.parameters() if not any(w is m for m in matrices)]
-    adamw = torch.optim.AdamW(rest, config.lr_rest, weight_decay=config.weight_decay, fused=True)
-    return [Muon(matrices, config.lr, config.weight_decay), adamw]
-
-
-def pick_device(name="auto"):
-    """The torch.device to use: CUDA, else MPS, else CPU; sets what makes it fast."""
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
-        raise BadInput(f"torch finds no {name} device here")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    # CUDA: TF32 where not bf16. CPU: oneDNN's matrix kernels, up to twice MKL's speed on AMD (still full
-    # float32 unless the CPU has bf16 tiles); torch's fused attention is slow with them.
-    torch.set_float32_matmul_precision("medium" if name == "cpu" else "high")
-    if name == "cpu" and sys.platform == "linux":
-        # By default glibc returns the memory of large freed tensors to the kernel and fetches it again, page
-        # by page, at every step. Keeping it makes a training step 1.2 to 1.3 times as fast.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, size: None)
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: its largest value
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+def pick_device(name=None):
+    """The torch.device called `name`, cpu or cuda; by default cuda if there is one."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("torch finds no CUDA device here")
     return torch.device(name)
 
 
 def save(path, content):
-    """Write a checkpoint (or the text of a log) atomically: whole under its name, or not at all."""
-    part, buffer = Path(f"{path}.part"), io.BytesIO()
-    if isinstance(content, str):
-        buffer.write(content.encode())
-    else:
-        torch.save(content, buffer)
+    """torch.save, atomically: whole under its name, or not at all."""
+    buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
+    torch.save(content, buffer)
+    part.unlink(missing_ok=True)  # left by a process that was killed
     try:
-        with open(part, "wb") as f:
+        with open(part, "xb") as f:
             f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError:  # no room, say: make some
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
-def read_checkpoint(path, task=None):
-    """The dict that `train` saved, read with weights_only=True (nothing in it can run code).
-
-    path: a file, or a run's folder. Raises BadInput if it is not ours, damaged, or of another task."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
+def read(path):
+    """What `save` wrote, with the archive's checksums and sizes compared. Nothing in the file can run code.
+    Raises BadInput for anything else."""
+    if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        with warnings.catch_warnings():
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's remarks on odd files: one line of ours follows
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(ckpt, dict) or not {"config", "ema"} <= ckpt.keys():
-            raise ValueError
-    except Exception as e:  # a stranger's bytes can raise anything in the unpickler
-        raise BadInput(f"{path}: not an rmdm checkpoint, or a damaged one ({type(e).__name__})") from e
-    if task and ckpt.get("task") != task:
-        raise BadInput(f"{path}: made for {ckpt.get('task')}, not for {task}")
-    return ckpt
+            if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path) or archive.testzip():
+                raise ValueError("a checksum is wrong")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a stranger's bytes can raise anything
+        raise BadInput(f"{path}: damaged, or not written by rmdm ({type(e).__name__})") from e
 
 
 def load(path, device="cpu", task=None):
-    """A model ready to use, with the averaged weights of a checkpoint file or a run's folder."""
-    ckpt = read_checkpoint(path, task)
-    try:  # prefixes: what torch.compile(model) and DataParallel put in front of names
-        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): w for name, w in ckpt["ema"].items()}
-        c = Config(**ckpt["config"])
-        if weights["token.weight"].shape != (c.vocab, c.width):  # told before anything large is allocated
-            raise ValueError("other sizes")
-        if c.head_layers + c.layers + c.tail_layers > len(weights):
-            raise ValueError("more layers")
-        model = RMDM(c)
-        model.load_state_dict(weights)
-    except Exception as e:
-        what = " ".join(str(e).split())[:300]
-        raise BadInput(f"{path}: the weights do not fit the configuration ({what})") from e
+    """A model ready to use, with the averaged weights of model.pt or checkpoint.pt, a file or a run's folder.
+
+    Raises BadInput if it is damaged, does not fit together, is not finite, or was made for another task."""
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    saved = read(path)
+    try:
+        made_for, config, weights = saved["about"].get("task"), Config(**saved["config"]), saved["ema"]
+        if config.head_layers + config.layers + config.tail_layers > len(weights):
+            raise ValueError("more layers than weights")
+        if sum(w.nbytes for w in weights.values()) > os.path.getsize(path):
+            raise ValueError("more numbers than the file has")
+        with torch.device("meta"):  # shapes are compared before anything large is allocated
+            model = RMDM(config)
+        model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+        if not all(w.isfinite().all() for w in model.parameters()):
+            raise ValueError("a weight is not a finite number")
+    except Exception as e:  # a stranger's values can be anything
+        raise BadInput(f"{path}: weights and configuration do not fit ({' '.join(str(e).split())[:100]})") from e
+    if task not in (None, made_for):
+        raise BadInput(f"{path}: made for {str(made_for)[:40]}, not for {task}")
     return model.to(device).eval()
 
 
-def refuse_used(out):
-    """Raise BadInput if the folder `out` holds a run."""
-    if (out / "checkpoint.pt").exists():
-        raise BadInput(f"{out} already holds a run: go on with --resume {out}, or name another folder with --out")
-
-
-def refuse_untrainable(config, training):
-    """Raise BadInput where loops without gradient would keep all gradient from the embeddings, see `supervised`."""
-    if not config.inject and supervised(training.supervise, config.loops)[1] > 1:
-        what = f"supervise={training.supervise} of {config.loops} loops needs inject=true"
-        raise BadInput(f"{what}, or the loops before keep the gradient from the embeddings: supervise=all does not")
-
-
-def train(model, config, batch, evaluate, out, task="", args=None, resume=None):
+def train(model, training, batch, evaluate, out, about=None, resume=False):
     """Train `model` in place; returns the averaged (EMA) model.
 
     batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device
     evaluate(model)     -> dict of numbers for the log, called on the averaged model
-    out                 folder for checkpoint.pt (to resume), model.pt (averaged weights), log.jsonl
-    task, args          stored in the checkpoint: the task's name, the command's arguments
-    resume              a checkpoint of this very run, from read_checkpoint: on CPU the run then ends bit-identical
-                        to one that was never interrupted, if batch draws from its generator alone
+    out                 a new folder for checkpoint.pt (to resume), model.pt (averaged weights), log.jsonl
+    about               plain facts to keep, such as task, options and data
+    resume              go on from the checkpoint in `out`; model, training and about must be as they were. On a CPU the
+                        run ends bit-identical to one never interrupted, if batch draws from its generator alone
 
-    Raises BadInput for a folder that holds another run, a prefix of loops that no gradient passes (see
-    `supervised`), a loss that is no number, no room to write."""
-    refuse_untrainable(model.config, config)
-    device = next(model.parameters()).device
-    cuda = device.type == "cuda"
-    out = Path(out)
-    if not resume:
-        refuse_used(out)
-    out.mkdir(parents=True, exist_ok=True)
-    optimizers = make_optimizers(model, config)
-    generator = torch.Generator(device).manual_seed(config.seed)  # all randomness after initialization
-    ema = copy.deepcopy(model).requires_grad_(False)
-    start, seconds, flops, log = 0, 0.0, 0.0, out / "log.jsonl"
+    Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
+    not finite, and what `loss` refuses."""
+    device, out = next(model.parameters()).device, Path(out)
+    cuda, path = device.type == "cuda", Path(out) / "checkpoint.pt"
+    try:  # through JSON: only plain numbers, strings and lists can be read back
+        settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
+        settings = json.loads(json.dumps(settings))
+    except TypeError as e:
+        raise BadInput(f"a setting is not a plain number or string: {e}") from e
+    optimizers = make_optimizers(model, training)
+    generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
+    step, seconds, flops = 0, 0.0, 0
     if resume:
+        saved = read(path)
         try:
-            if Config(**resume["config"]) != model.config:  # a field added since has its default
-                raise ValueError("another model")
-            start, seconds, flops = resume["step"], resume["seconds"], resume["flops"]
-            model.load_state_dict(resume["model"])
-            ema.load_state_dict(resume["ema"])
-            for optimizer, state in zip(optimizers, resume["optimizers"]):
+            if changed := [key for key in settings if saved[key] != settings[key]]:
+                raise ValueError(f"begun with other settings: {', '.join(changed)}")
+            step = range(training.steps + 1)[saved["step"]]
+            seconds, flops = saved["seconds"] + 0.0, saved["flops"] + 0
+            model.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            generator.set_state(resume["rng"])
-            # drop what was logged after the checkpoint: it comes again
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]  # none cut short
-            lines = [line for line in lines if json.loads(line)["step"] <= start]
-        except (KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise BadInput(f"{out}: cannot go on from this checkpoint ({' '.join(str(e).split())[:200]})") from e
-        save(log, "".join(line + "\n" for line in lines))
-    else:  # the log says what run it is of
-        facts = dict(task=task, parameters=sum(w.numel() for w in model.parameters()), torch=torch.__version__)
-        where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
-        facts |= dict(device=where, threads=torch.get_num_threads(), **asdict(config), **asdict(model.config))
-        facts.pop("coords")  # long, and in the checkpoint
-        save(log, json.dumps(dict(step=0) | facts) + "\n")
+                for w in optimizer.param_groups[0]["params"] if step else ():
+                    if {v.shape for v in optimizer.state[w].values() if v.ndim} != {w.shape}:
+                        raise ValueError("the state of another optimizer")
+            generator.set_state(saved["rng"])
+        except Exception as e:  # a stranger's numbers can be anything
+            raise BadInput(f"{path}: cannot go on from it ({' '.join(str(e).split())[:100]})") from e
+    else:
+        if out.exists() and any(out.iterdir()):
+            raise BadInput(f"{out} is in use: resume its run (resume=True, --resume) or choose another folder")
+        with torch.no_grad():  # one example: what cannot be trained is refused before there is a folder
+            loss(model, *batch(1, torch.Generator(device)), **how)
+        out.mkdir(parents=True, exist_ok=True)
 
-    if cuda and config.compile:
-        for layer in (*model.head, *model.block, *model.tail):
-            layer.compile()  # in place: the names in a checkpoint stay as they are
+    def note(entry):
+        print(json.dumps(entry, default=float), file=log, flush=True)
 
     def checkpoint():
-        slim = dict(
-            config=asdict(model.config), task=task, args=args or {}, train=asdict(config),
-            device=device.type, step=step, seconds=seconds, flops=flops, ema=ema.state_dict(),
-        )
-        states = dict(optimizers=[o.state_dict() for o in optimizers], rng=generator.get_state())
-        if step == config.steps:  # first, since with the checkpoint the run counts as finished
+        slim = settings | dict(step=step, seconds=seconds, flops=flops, ema=ema.state_dict())
+        if step == training.steps:  # first, since with the checkpoint the run counts as finished
             save(out / "model.pt", slim)
-        save(out / "checkpoint.pt", slim | states | dict(model=model.state_dict()))
+        states = dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state())
+        save(path, slim | states | dict(model=model.state_dict()))
 
-    # Ctrl-C ends the run after the step under way, so that what is saved is one consistent state; a second
-    # one ends it at once. Only the main thread of a program may have it so.
-    interrupted, listening = [], threading.current_thread() is threading.main_thread()
-    if listening:
-        handler = signal.getsignal(signal.SIGINT) or signal.default_int_handler
-        signal.signal(signal.SIGINT, lambda *_: (interrupted.append(True), signal.signal(signal.SIGINT, handler)))
+    if not resume:
+        checkpoint()
+    log = open(out / "log.jsonl", "a" if resume else "x")  # x: of two processes in one folder the second fails
+    if not resume:  # the log's first line says what run it is of
+        where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
+        facts = dict(step=0, parameters=sum(w.numel() for w in model.parameters()), device=where)
+        facts |= dict(torch=torch.__version__, threads=torch.get_num_threads())
+        note(facts | settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords)))
+    if cuda and training.compile:
+        for layer in (*model.head, *model.block, *model.tail):
+            layer.compile()  # in place: the names in a checkpoint stay as they are
     recent, clock = [], time.perf_counter()
-    bar = tqdm(range(start + 1, config.steps + 1), initial=start, total=config.steps, unit="step", dynamic_ncols=True)
-    try:
+    with log, tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
         for step in bar:
-            scale = min(step / config.warmup, 1) * (1 - (step - 1) / config.steps)
-            for optimizer, peak in zip(optimizers, (config.lr, config.lr_rest)):
-                optimizer.param_groups[0]["lr"] = scale * peak
+            scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
             loops = model.config.loops
-            if 0 < config.loops_min < loops:
-                loops = int(torch.randint(config.loops_min, loops + 1, (), generator=generator, device=device))
-            x0, editable = batch(config.batch, generator)
+            if 0 < training.loops_min < loops:
+                loops = int(torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device))
+            x0, editable = batch(training.batch, generator)
             # no cache: a cast first made in a loop without gradient would be used in the others (torch <= 2.9)
             with torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
-                value, right = loss(model, x0, editable, config.objective, config.supervise, loops, generator)
+                value, right = loss(model, x0, editable, loops=loops, generator=generator, **how)
             value.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for optimizer in optimizers:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            for optimizer, peak in optimizers:
+                optimizer.param_groups[0]["lr"] = scale * peak
                 optimizer.step()
                 optimizer.zero_grad()
-            decay = min(config.ema, step / (step + 10))  # early on, forget the initialization
+            decay = min(training.ema, step / (step + 10))  # early on, forget the initialization
             with torch.no_grad():
                 for average, w in zip(ema.parameters(), model.parameters()):
                     average.lerp_(w, 1 - decay)
-            read, grad_from = supervised(config.supervise, loops)
-            forward, backward = (model.flops(n, len(read)) for n in (loops, loops + 1 - grad_from))
-            flops += len(x0) * (forward + 2 * backward)  # loops without gradient go forward only
+            back = min(training.grad_loops or loops, loops)  # loops without gradient go forward only
+            reads = back if training.supervise == "all" else 1
+            flops += len(x0) * (model.flops(loops, reads) + 2 * model.flops(back, reads))
             recent.append(torch.stack([value.detach(), right, norm]))
-            last = step == config.steps or bool(interrupted)
-            evaluating = step == config.steps or step % config.eval_every == 0
-            saving = last or step % config.save_every == 0
+            last = step == training.steps
+            evaluating, saving = last or step % training.eval_every == 0, last or step % training.save_every == 0
             if evaluating or saving or step % 25 == 0:
-                mean = torch.stack(recent).mean(0).tolist()
+                mean, recent = torch.stack(recent).mean(0).tolist(), []
+                seconds += time.perf_counter() - clock  # of training alone
                 if not math.isfinite(mean[0] + mean[2]):
                     why = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {step}"
-                    raise BadInput(f"{why}; a checkpoint in {out} is from before")
-                recent = []
+                    raise BadInput(f"{why}; the checkpoint in {out} is from before")
                 bar.set_postfix(loss=f"{mean[0]:.4f}", accuracy=f"{mean[1]:.3f}", refresh=False)
-                entry = dict(step=step, loss=mean[0], accuracy=mean[1]) | (evaluate(ema.eval()) if evaluating else {})
-                seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
-                try:
-                    with open(log, "a") as f:
-                        f.write(json.dumps(entry | dict(seconds=round(seconds, 1), flops=flops), default=float) + "\n")
-                    if saving:
-                        checkpoint()
-                except OSError as e:
-                    what = f"cannot write to {out}: {e.strerror}; what was saved there before is whole"
-                    raise BadInput(what) from e
-            if last and step < config.steps:
-                raise KeyboardInterrupt
-    finally:
-        bar.close()
-        if listening:
-            signal.signal(signal.SIGINT, handler)
+                entry = dict(step=step, loss=mean[0], accuracy=mean[1]) | (evaluate(ema) if evaluating else {})
+                note(entry | dict(seconds=round(seconds, 1), flops=flops))
+                if saving:
+                    checkpoint()
+                clock = time.perf_counter()
     return ema
 
 
-# ---------------------------------------------------------------------------------------------------
-# 6. The command line of a training script
-# ---------------------------------------------------------------------------------------------------
+# ---- 6. What the scripts share ----
 
-
-def configure(pairs, *configs):
-    """Apply "name=value" strings to the fields of the given dataclasses, typed as the defaults are."""
-    names = {f.name: c for c in configs for f in fields(c) if f.name not in ("vocab", "coords", "seed")}
-    changes = {id(c): {} for c in configs}
+def override(pairs, *configs):
+    """Apply "name=value" strings to the fields of the given dataclasses, typed as they are: the new dataclasses."""
+    names = {f.name: i for i, c in enumerate(configs) for f in fields(c) if f.name not in ("vocab", "coords", "seed")}
+    changes = [{} for _ in configs]
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in names:
-            raise BadInput(f"--set {pair[:80]!r}: no field {name[:80]!r}; there are {', '.join(names)}")
-        kind = type(getattr(names[name], name))
+            raise BadInput(f"no field {name[:80]!r}; there are {', '.join(names)}")
+        kind = type(getattr(configs[names[name]], name))
         try:
-            value = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            changes[names[name]][name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
-            raise BadInput(f"--set {pair[:80]!r}: {name} must be of type {kind.__name__}") from None
-        changes[id(names[name])][name] = value
-    return [replace(c, **changes[id(c)]) for c in configs]
+            raise BadInput(f"{name} must be of type {kind.__name__}, not {text[:80]!r}") from None
+    return [replace(c, **change) for c, change in zip(configs, changes)]
 
 
-def command_line(doc):
-    """An argument parser that reports a mistake in one line."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda why: parser.exit(2, f"{parser.prog}: {why} (--help lists the options)\n")
-    return parser
-
-
-def within(kind, low, high):
-    """For argparse: a number of type `kind`, int or float, from low to high."""
-
-    def parse(text):
-        if not low <= (value := kind(text)) <= high:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{kind.__name__} from {low} to {high}"
-    return parse
-
-
-def grid(value, loops, columns, name="T", digits=1):
-    """Print value(L, x): a row for each L, a column for each x, called `name`."""
-    print("        " + "".join(f"{f'{name}={x}':>8}" for x in columns))
-    for L in loops:
-        print(f"  L={L:<4}" + "".join(f"{value(L, x):8.{digits}f}" for x in columns), flush=True)
-
-
-@torch.no_grad()
-def by_noise(model, x0, editable):
-    """Print what eq. (3) is made of: the cross-entropy after each loop at several times t, in nats per token that
-    is masked on average. Where it falls from row to row, the loops help."""
-    L, nats = model.config.loops, {}
-    for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0):
-        times, generator = torch.full_like(x0[:, 0], t, dtype=torch.float), torch.Generator(x0.device).manual_seed(0)
-        ce, _ = masked_ce(model, x0, editable, times, L, range(1, L + 1), generator)
-        nats[t] = ce.sum((1, 2)) / (t * editable.sum())
-    print("\nnats a masked token, held-out problems, after each loop, by the share t that is masked")
-    grid(lambda l, t: nats[t][l - 1], range(1, L + 1), nats, "t", 3)
-
-
-def launch(task, doc, presets, prepare, options):
-    """`python train_TASK.py`: read the command line, train or resume, report.
-
-    presets(args)          -> {"cpu": (Config, TrainConfig, what to expect), "gpu": ...}
-    prepare(args, device)  -> batch, evaluate (see `train`), and report(model), called at the end: it prints what
-                              the model can do and returns a problem to try it on
-    options                the task's own: {"--flag": keyword arguments of argparse's add_argument}"""
-    parser = command_line(doc)
-    add = parser.add_argument
-    add("--preset", choices=("cpu", "gpu"), help="size of model and run; default: gpu on CUDA, else cpu")
-    add("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="default: the first there is")
-    add("--out", metavar="RUN", default=f"runs/{task}", help="folder for the run (default: %(default)s)")
-    add("--resume", metavar="RUN", help="go on with an interrupted run, with the settings it was started with")
-    add("--seed", type=within(int, 0, 2**32), default=0, help="of data, initialization and training (default: 0)")
-    what = "fields of rmdm.Config and rmdm.TrainConfig"
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=what)
-    for flag, how in options.items():
-        add(flag, **how)
-    args = parser.parse_args()
-    ckpt = None
-    if args.resume:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-        if extra := set(given) - {"resume", "device"}:
-            raise BadInput(f"--resume keeps the settings of the run: leave out --{sorted(extra)[0]}")
-        ckpt, out = read_checkpoint(args.resume, task), Path(args.resume)
-        out = out.parent if out.is_file() else out
-        if "optimizers" not in ckpt:
-            raise BadInput(f"{args.resume}: holds weights only, nothing to resume")
-        try:
-            known = vars(parser.parse_args([])) | ckpt["args"]  # an option added since has its default
-            begun = argparse.Namespace(**known | {"out": str(out), "device": ckpt["device"]})
-            config, training = Config(**ckpt["config"]), TrainConfig(**ckpt["train"])
-        except (KeyError, TypeError, ValueError) as e:
-            raise BadInput(f"{args.resume}: damaged, or made by another version of this code ({e})") from e
-        if args.device not in ("auto", begun.device):
-            raise BadInput(f"{out}: begun on {begun.device}, cannot go on elsewhere")
-        args = begun
-    device = pick_device(args.device)
-    if ckpt is None:
-        out = Path(args.out)
-        refuse_used(out)  # before data is made that would not be used
-        args.preset = args.preset or ("gpu" if device.type == "cuda" else "cpu")
-        *configs, about = presets(args)[args.preset]
-        config, training = configure(args.set, *configs)
-        training = replace(training, seed=args.seed)
-        refuse_untrainable(config, training)  # before data is made, like a folder in use
-        print(f"preset {args.preset}: {about}; the bar shows the time left on this machine")
-    torch.manual_seed(args.seed)
-    try:
-        model = RMDM(config).to(device)
-    except (RuntimeError, TypeError) as e:
-        raise BadInput(f"no room for this model: {str(e).splitlines()[0]}") from e
-    size = f"{sum(w.numel() for w in model.parameters()):,} parameters, d={config.width}"
-    print(f"{task} on {device}: K={config.layers} layers x L={config.loops} loops, {size}")
-    print(f"training: {training.steps} steps of {training.batch}, from step {ckpt['step'] if ckpt else 0}, into {out}")
-    batch, evaluate, report = prepare(args, device)
-    try:
-        model = train(model, training, batch, evaluate, out, task, vars(args), ckpt)  # nothing to do if finished
-        last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-        print(f"trained {last['step']} steps in {last['seconds']:.0f} s, {last['flops']:.3g} floating-point operations")
-        problem = report(model)
-        print(f"\nNow solve one that it has never seen:\n  python sample.py {task} --checkpoint {out} {problem}")
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; go on with: python {sys.argv[0]} --resume {out}") from None
-
-
-def cli(main):
+def run_script(main):
     """Run a script's main(): bad input is one line and exit code 2, Ctrl-C one line and 130."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name in a file may not be printable
     try:
         sys.exit(main())
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (BadInput, OSError) as e:
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr) or 2)
-    except KeyboardInterrupt as e:
-        sys.exit(print(str(e) or "stopped", file=sys.stderr) or 130)
+    except (BadInput, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {str(e).splitlines()[0]}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("stopped", file=sys.stderr) or 130)

@@ -1,10 +1,9 @@
 """Countdown with recursive masked diffusion: rules, problems, evaluation, training.
 
-    python train_countdown.py                             # picks device and preset, trains, evaluates
-    python train_countdown.py --preset cpu --device cpu   # ten minutes on two CPU cores: three operands
-    python train_countdown.py --preset gpu                # four operands
-    python train_countdown.py --preset gpu --numbers 5    # five, or three
-    python train_countdown.py --resume runs/countdown     # goes on where an interrupted run stopped
+    python train_countdown.py                             # makes problems, trains, evaluates; GPU if there is one
+    python train_countdown.py --numbers 4                 # four operands, or five; the preset was measured for three
+    python train_countdown.py --resume                    # goes on where an interrupted run stopped
+    python train_countdown.py --paper                     # the paper's form: nothing of ours
     python train_countdown.py --data cd4_train.jsonl      # trains on a published file, not generated problems
 
 The task, after Stream of Search (2404.03683) and Ye et al. (2410.14157): combine n operands, each from 1 to
@@ -22,29 +21,31 @@ The first part, the prompt, is never editable; the second is, its blanks include
 right like any other token.
 """
 
+import argparse
 import itertools
 import json
 import random
 import re
+import time
+from dataclasses import replace
+from pathlib import Path
 
-import rmdm  # isort: skip; first, since it sets up what torch reads when it is imported
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import rmdm
 from rmdm import MASK, BadInput
 
 LOW, HIGH, TOP = 10, 100, 99  # targets from LOW to HIGH, operands from 1 to TOP
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Rules
-# ---------------------------------------------------------------------------------------------------
+# ---- 1. Rules ----
 
 
 def parse(text):
-    """"86,28,13,31,96" -> the operands and, last, the target: (n+1,). Raises BadInput."""
+    """"87,29,32,96" -> the operands and, last, the target: (n+1,). Raises BadInput."""
     if not re.fullmatch(r"\s*[0-9]{1,4}(\s*,\s*[0-9]{1,4}){3,5}\s*", text):
-        raise BadInput(f"expected 3 to 5 operands and the target, as in 86,28,13,31,96, not {text[:40]!r}")
+        raise BadInput(f"expected 3 to 5 operands and the target, as in 35,27,20,42, not {text[:40]!r}")
     *numbers, target = problem = [int(x) for x in text.split(",")]
     if not all(1 <= x <= TOP for x in numbers) or not LOW <= target <= HIGH:
         raise BadInput(f"operands are from 1 to {TOP}, the target from {LOW} to {HIGH}, not as in {problem}")
@@ -58,9 +59,9 @@ def calculate(a, op, b):
     return (a - b if a >= b else None) if op == "-" else a // b if b and a % b == 0 else None
 
 
-def check(problem, answer):
-    """What is wrong with an answer such as "86+28=114,31-13=18,114-18=96" to a problem (n+1,), in words that
-    begin with one of `mistakes`; None if nothing is. Nothing is evaluated: a regular expression reads the numbers."""
+def check_text(problem, answer):
+    """What is wrong with an answer such as "86+28=114,31-13=18,114-18=96" to a problem (n+1,), in words; None if
+    nothing is. Nothing is evaluated: a regular expression reads the numbers."""
     *left, target = map(int, problem)
     for k, equation in enumerate(answer.split(","), 1):
         if not (found := EQUATION.fullmatch(equation)):
@@ -79,38 +80,9 @@ def check(problem, answer):
 
 
 OPS = "+-*/"
-SIDE, EQUATION = (re.compile(x.replace("N", "(0|[1-9][0-9]{0,8})")) for x in ("N([-+*/])N=", "N([-+*/])N=N"))
+EQUATION = re.compile("N([-+*/])N=N".replace("N", "(0|[1-9][0-9]{0,8})"))
 
-
-def mistakes(n):
-    """How what `check` says of an answer for n operands can begin."""
-    false = [f"false equation {k}" for k in range(1, n)]
-    return ("syntax", *false, "number not available", "number left over", "wrong target")
-
-
-def begins_well(problem, answer):
-    """Whether the left side of the first equation begins a solution, whatever result is written behind it: this
-    judges the search apart from the arithmetic."""
-    *left, target = map(int, problem)
-    if not (found := SIDE.match(answer)):
-        return False
-    for x in (int(found[1]), int(found[3])):
-        if x not in left:
-            return False
-        left.remove(x)
-
-    def solvable(values):
-        if None in values or len(values) == 1:
-            return values == [target]
-        pairs = ((a, op, b, rest) for a, b, *rest in itertools.permutations(values) for op in OPS)
-        return any(solvable([calculate(a, op, b), *rest]) for a, op, b, rest in pairs)
-
-    return solvable([calculate(int(found[1]), found[2], int(found[3])), *left])
-
-
-# ---------------------------------------------------------------------------------------------------
-# 2. Generator: all solutions of many problems at once
-# ---------------------------------------------------------------------------------------------------
+# ---- 2. Generator: all solutions of many problems at once ----
 # A path is a solution's number: at each step, which pair of the values so far, and which of + - * /.
 
 
@@ -167,7 +139,7 @@ def solutions(numbers):
     (P, n-1, 4). Some 200,000 a second for n = 3, 100,000 for n = 4, 30,000 for n = 5.
 
     Of many solutions it is the one whose largest number is smallest, and of those the first that joins the
-    largest operands (our choice: a rule is learned faster than a random pick, see the README)."""
+    largest operands (our choice: a rule is learned faster than a random pick)."""
     numbers = -np.sort(-numbers, 1)
     ends, largest = search(numbers)
     row, path = np.nonzero((ends >= LOW) & (ends <= HIGH))
@@ -177,12 +149,12 @@ def solutions(numbers):
     return np.column_stack([numbers[row], target]), replay(numbers[row], path)
 
 
-def generate(n, count, top, seed):
-    """At least `count` problems with their equations, see `solutions`, from i.i.d. draws of n operands, 1 to `top`."""
+def generate(n, count, seed):
+    """At least `count` problems with their equations, see `solutions`, from i.i.d. draws of n operands, 1 to TOP."""
     rng, parts, made, size = np.random.default_rng(seed), [], 0, {3: 4096, 4: 512, 5: 16}[n]  # draws that fit a cache
     with tqdm(total=count, desc="generating problems", unit="problem", dynamic_ncols=True) as bar:
         while made < count:
-            parts.append(solutions(rng.integers(1, top + 1, (size, n))))
+            parts.append(solutions(rng.integers(1, TOP + 1, (size, n))))
             made += len(parts[-1][0])
             bar.update(len(parts[-1][0]))
     return tuple(np.concatenate(part) for part in zip(*parts))
@@ -213,13 +185,12 @@ def split(problems, equations, seed):
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Tokens
-# ---------------------------------------------------------------------------------------------------
+# ---- 3. Tokens ----
 
 CHARS = "_0123456789+-*/=, "  # a character's place is its token: MASK is "_", a blank of a field " "
 SCORE = "solved"  # the main one of those that `evaluate` returns
 LINE = 1  # every line of a file is a problem
+TEST = 512  # problems in each of the two tests: a standard error of two points
 
 
 def template(n):
@@ -281,54 +252,48 @@ def draw(cells):
     return [f"{''.join(cells[:prompt])}  ->  {''.join(cells[prompt:])}"]
 
 
-def place(i, N):
+def name(i, N):
     """What to call a position of the answer: the number of its equation."""
     return f"eq{COORDS[OPERANDS[N]][i][0]}:"
 
 
-# ---------------------------------------------------------------------------------------------------
-# 4. Published files
-# ---------------------------------------------------------------------------------------------------
+# ---- 4. Published files ----
 
 
-def read_file(path, at_a_time=None, label=None):
-    """Yield (problems (P, n+1), equations (P, n-1, 4), labels) from a jsonl file, at_a_time rows at once.
+def read_file(path, label=None):
+    """Yield (problem (n+1,), equations (n-1, 4), label) for each row of a jsonl file.
 
     A row is {"input": "87,29,32,96", "output": "87/29=3,32*3=96"}, with any solution, or
     {"input": "87,29,32", "output": "96"}, for which the equations are all 0; `label` names a field to hand
     through. Raises BadInput with the number of a bad line."""
-    rows = _rows(path, label)
-    while some := list(itertools.islice(rows, at_a_time)):
-        yield tuple(map(np.array, zip(*some)))
-
-
-def _rows(path, label):
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file")
     operands = None
     with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for line, text in enumerate(f, 1):
-            if not text.strip():
+        for number, line in enumerate(f, 1):
+            if not line.strip():
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(line)
                 problem, answer = str(row["input"]), str(row["output"])
                 problem, answer = (problem, answer) if "=" in answer else (f"{problem},{answer}", "")
                 problem = parse(problem)
                 operands = operands or len(problem)
                 if operands != len(problem):
                     raise BadInput("another number of operands than in the lines before")
-                found = problem, read_answer(problem, answer), str(row[label]) if label else ""
+                found = problem, read_answer(problem, answer), "" if label is None else str(row[label])
             except BadInput as e:
-                raise BadInput(f"{path}, line {line}: {e}") from None
+                raise BadInput(f"{path}, line {number}: {e}") from None
             except (ValueError, TypeError, KeyError, RecursionError):
-                wanted = ", ".join(["input", "output"] + [label] * bool(label))
-                raise BadInput(f"{path}, line {line}: not a JSON object with {wanted}") from None
+                wanted = ", ".join(["input", "output"] + [label] * (label is not None))
+                raise BadInput(f"{path}, line {number}: not a JSON object with {wanted}") from None
             yield found
 
 
 def read_answer(problem, answer):
     """A correct answer as text -> equations (n-1, 4), the larger operand on the left; "" -> all 0."""
     equations = np.zeros((len(problem) - 2, 4), int)
-    if answer and (wrong := check(problem, answer)):
+    if answer and (wrong := check_text(problem, answer)):
         raise BadInput(f"the solution is wrong, {wrong}")
     for k, (a, op, b, c) in enumerate(re.findall("([0-9]+)(.)([0-9]+)=([0-9]+)", answer)):
         a, op, b = int(a), OPS.index(op), int(b)
@@ -338,9 +303,7 @@ def read_answer(problem, answer):
     return equations
 
 
-# ---------------------------------------------------------------------------------------------------
-# 5. Training batches and evaluation
-# ---------------------------------------------------------------------------------------------------
+# ---- 5. Training batches and evaluation ----
 
 
 def batches(problems, equations, device):
@@ -358,10 +321,10 @@ def batches(problems, equations, device):
     return batch
 
 
-def start(model, problems, device="cpu"):
-    """Problems (P, n+1) -> tokens (P, N) int64, the answer MASKed, and `editable` (P, N). Raises BadInput if
-    the model is for another number of operands."""
-    n, N = problems.shape[1] - 1, len(model.config.coords)
+def start(model, problems):
+    """Problems (P, n+1) -> tokens (P, N) int64 on the model's device, the answer MASKed, and `editable` (P, N).
+    Raises BadInput if the model is for another number of operands."""
+    n, N, device = problems.shape[1] - 1, len(model.config.coords), next(model.parameters()).device
     if N not in OPERANDS or model.config.vocab != len(CHARS):
         raise BadInput("the model is not one for Countdown")
     if n != OPERANDS[N]:
@@ -371,106 +334,101 @@ def start(model, problems, device="cpu"):
     return torch.from_numpy(x).long().to(device).masked_fill(answer, MASK), answer
 
 
+def check(problem, tokens):
+    """What is wrong with an answer, tokens (N,), in words; None if nothing is."""
+    return check_text(problem, decode(tokens))
+
+
+def score(problems, x):
+    """For the restarts of rmdm.sample_all: 1 for a right answer, else 0."""
+    return np.array([check(problem, tokens) is None for problem, tokens in zip(problems, x.tolist())], float)
+
+
 def evaluate(model, problems, equations=None, **how):
-    """Solve problems (P, n+1) with rmdm.sample(**how) and check the answers. Returns a dict: n, the share
-    `solved`, the share that begins well, with each of `mistakes` first, and the cost, see rmdm.sample_all.
-    `equations` are not used: any solution counts."""
-    x, cost = rmdm.sample_all(model, *start(model, problems, next(model.parameters()).device), **how)
-    answers = [(problem, decode(tokens)) for problem, tokens in zip(problems, x.tolist())]
-    wrong = [check(*answer) for answer in answers]
-    well = (w is None or begins_well(*answer) for w, answer in zip(wrong, answers))  # what is solved began well
-    shares = {"begins well": np.mean([*well])}
-    for mistake in mistakes(problems.shape[1] - 1):
-        shares[mistake] = np.mean([str(w).startswith(mistake) for w in wrong])
-    return dict(n=len(wrong), solved=wrong.count(None) / len(wrong), **shares, **cost)
+    """Solve problems (P, n+1) with rmdm.sample_all(**how) and check the answers. Returns a dict of means: `solved`;
+    `first`, solved at the first try; `tries`; `nfe`, loops; and n and `seconds` in all. `equations` are not used:
+    any solution counts."""
+    began = time.perf_counter()
+    out = rmdm.sample_all(model, *start(model, problems), lambda i, x: score(problems[i.tolist()], x), **how)
+    solved, tries = score(problems, out.x), out.tries.cpu().numpy()
+    return dict(
+        n=len(problems),
+        solved=solved.mean().item(),
+        first=(solved * (tries == 1)).mean().item(),
+        tries=tries.mean().item(),
+        nfe=out.nfe.double().mean().item(),
+        seconds=time.perf_counter() - began,
+    )
 
 
-def judge(problem, tokens, trace):
-    """The tokens (N,) to show as the answer, and what is wrong with it, or None."""
-    return tokens, check(problem, decode(tokens))
+# ---- 6. The command ----
 
 
-# ---------------------------------------------------------------------------------------------------
-# 6. The command
-# ---------------------------------------------------------------------------------------------------
-
-PROBLEMS = 500_000  # to train on: one pass of the preset sees about as many
-TEST = 512  # problems in each of the two tests: a standard error of two points
-
-
-def presets(args):
-    if args.data:
-        if args.problems or args.top:
-            raise BadInput("--data brings its own problems: leave out --problems and --top")
-        n = next(read_file(args.data, 1), [np.zeros((1, 4))])[0].shape[1] - 1
-        if args.numbers not in (None, n):
-            raise BadInput(f"{args.data}: has problems with {n} operands, not {args.numbers}")
-        args.numbers = n
-    args.numbers = args.numbers or {"cpu": 3, "gpu": 4}[args.preset]
-    return {  # attention bias and truncated supervision won on Sudoku; here neither did, see the README
-        "cpu": (
-            rmdm.Config(len(CHARS), COORDS[args.numbers], width=128, heads=4, layers=1, loops=4, inject=True),
-            rmdm.TrainConfig(steps=7300, batch=64),
-            "about ten minutes on two CPU cores for three operands (CD3, the smallest of the published tasks; most "
-            "published numbers are for four, CD4)",
-        ),
-        "gpu": (
-            rmdm.Config(len(CHARS), COORDS[args.numbers], width=384, heads=6, layers=4, loops=4, inject=True),
-            rmdm.TrainConfig(steps=10_000, batch=1024, lr=0.01, lr_rest=2e-3, warmup=500),
-            "meant for ten minutes of one modern GPU with four operands (not measured on one yet)",
-        ),
-    }
-
-
-def prepare(args, device):
-    if args.data:
-        problems, equations, _ = next(read_file(args.data), (np.zeros((0, 4)), None, None))
-        if len(problems) < 100:
-            raise BadInput(f"{args.data}: training needs at least 100 problems")
-        if not equations.any((1, 2)).all():
-            raise BadInput(f"{args.data}: training needs a solution for every problem")
-    else:
-        problems, equations = generate(args.numbers, args.problems or PROBLEMS, args.top or TOP, args.seed)
-    seen, *tests = split(problems, equations, args.seed)
-    tests = {name: test for name, test in zip(("held-out operands", "held-out targets"), tests) if len(test[0])}
-    if not len(seen[0]) or "held-out operands" not in tests:
-        raise BadInput(f"nothing left to train or test on without the targets {held_out_targets(args.numbers)}")
-    print(f"{len(seen[0]):,} problems; " + ", ".join(f"{len(test[0])} with {name}" for name, test in tests.items()))
-
-    N = len(COORDS[args.numbers])
-    x0 = torch.from_numpy(encode(*tests["held-out operands"])).long().to(device)
-    answer = torch.from_numpy(editable(N)).expand(*x0.shape).to(device)
-
-    def monitor(model):
-        scores = {name: evaluate(model, test[:128], steps=N)["solved"] for name, (test, _) in tests.items()}
-        bound = rmdm.nelbo(model, x0, answer, generator=torch.Generator(device).manual_seed(0)).mean()
-        return scores | dict(nelbo=bound.item())  # of the solution that it is trained on, not of any
-
-    def report(model):
-        L = model.config.loops
-        for name, (test, _) in tests.items():
-            score = evaluate(model, test, steps=N)
-            parts = [f"{key} {100 * score[key]:.1f}%" for key in ("solved", "begins well", *mistakes(args.numbers))]
-            print(f"\n{name}, {len(test)} problems, L={L}, T={N}: {', '.join(parts)}")
-        test, _ = tests["held-out operands"]
-        print("\nsolved, %, held-out operands, by loops L and steps T (confidence order)")
-        loops = sorted({max(1, L // 2), L, L * 3 // 2})
-        rmdm.grid(lambda L, T: 100 * evaluate(model, test, steps=T, loops=L)["solved"], loops, (1, 4, 8, N))
-        rmdm.by_noise(model, x0, answer)
-        return ",".join(map(str, tests["held-out operands"][0][0]))
-
-    return batches(*seen, device), monitor, report
+def preset(n, paper):
+    """Attention bias and truncated backpropagation won on Sudoku; here neither did, see evidence/."""
+    if paper:
+        return (
+            rmdm.Config(len(CHARS), len(COORDS[n]), width=128, heads=4, loops=4, time=True),
+            rmdm.TrainConfig(steps=7300, batch=64, muon=False, lr_rest=1e-3),
+        )
+    return (
+        rmdm.Config(len(CHARS), COORDS[n], width=128, heads=4, loops=4, inject=True),
+        rmdm.TrainConfig(steps=7300, batch=64),
+    )
 
 
 def main():
-    options = {
-        "--numbers": dict(type=int, choices=(3, 4, 5), help="operands; default: 3 for the cpu preset, else 4"),
-        "--top": dict(type=rmdm.within(int, 4, TOP), help=f"largest operand (default: {TOP}, as published)"),
-        "--problems": dict(type=rmdm.within(int, 1000, 10**9), help=f"how many to generate (default: {PROBLEMS})"),
-        "--data": dict(metavar="FILE", help="train on a published jsonl file, some of it held out"),
-    }
-    rmdm.launch("countdown", __doc__, presets, prepare, options)
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--numbers", type=int, choices=(3, 4, 5), default=3, help="operands (default: %(default)s)")
+    add("--paper", action="store_true", help="the paper's form instead of the preset")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
+    add("--problems", type=int, default=500_000, help="to train on (default: %(default)s, about what a run sees)")
+    add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
+    add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    add("--out", metavar="RUN", default="runs/countdown", help="a new folder for the run (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the run in that folder; other options as before")
+    args = parser.parse_args()
+    device, N = rmdm.pick_device(args.device), len(COORDS[args.numbers])
+    config, training = rmdm.override(args.set, *preset(args.numbers, args.paper))
+    training = replace(training, seed=args.seed)
+    if args.problems < 1:
+        raise BadInput("--problems is at least 1")
+    if args.data is not None:
+        rows = list(itertools.islice(read_file(args.data), args.problems))
+        problems, equations = (np.array(part) for part in (list(zip(*rows)) or [[], []])[:2])
+        if len(rows) < 100 or not equations.any((1, 2)).all() or problems.shape[1] != args.numbers + 1:
+            raise BadInput(f"{args.data}: training needs 100 problems or more, with solutions, --numbers of operands")
+    else:
+        problems, equations = generate(args.numbers, args.problems, args.seed)
+    seen, *tests = split(problems, equations, args.seed)
+    tests = {key: test for key, test in zip(("held-out operands", "held-out targets"), tests) if len(test[0])}
+    if not len(seen[0]) or "held-out operands" not in tests:
+        raise BadInput(f"nothing left to train or test on without the targets {held_out_targets(args.numbers)}")
+    print(f"{len(seen[0]):,} problems; " + ", ".join(f"{len(test)} with {key}" for key, (test, _) in tests.items()))
+    x0, answer = torch.from_numpy(encode(*tests["held-out operands"])).long().to(device), editable(N)
+    answer = torch.from_numpy(answer).expand(*x0.shape).to(device)
+
+    def monitor(model):  # the NELBO is of the solution that it is trained on, not of any
+        bound = rmdm.nelbo(model, x0, answer, generator=torch.Generator(device).manual_seed(0)).mean().item()
+        shares = {key: evaluate(model, test[:128], steps=N)["solved"] for key, (test, _) in tests.items()}
+        return dict(nelbo=bound) | shares
+
+    torch.manual_seed(args.seed)
+    model = rmdm.RMDM(config).to(device)
+    about = dict(task="countdown", numbers=args.numbers, data=args.data, problems=args.problems)
+    model = rmdm.train(model, training, batches(*seen, device), monitor, args.out, about, args.resume)
+    for key, (test, _) in tests.items():
+        print(f"solved, % of {len(test)} problems with {key}, by loops L and steps T")
+        for L in sorted({max(1, config.loops // 2), config.loops}):
+            shares = [f"T={T} {100 * evaluate(model, test, steps=T, loops=L)['solved']:.1f}" for T in (1, 4, 8, N)]
+            print(f"  L={L:<3} {'   '.join(shares)}", flush=True)
+    problem = ",".join(map(str, tests["held-out operands"][0][0]))
+    print(f"\nsolve one that it has never seen:\n  python sample.py countdown --checkpoint {args.out} {problem}")
 
 
 if __name__ == "__main__":
-    rmdm.cli(main)
+    rmdm.run_script(main)

@@ -1,9 +1,8 @@
 """Sudoku with recursive masked diffusion: rules, data, evaluation, training.
 
-    python train_sudoku.py                              # picks device and preset, trains, evaluates
-    python train_sudoku.py --preset cpu --device cpu    # ten minutes on two CPU cores
-    python train_sudoku.py --preset gpu                 # for one modern GPU, not measured on one yet
-    python train_sudoku.py --resume runs/sudoku         # goes on where an interrupted run stopped
+    python train_sudoku.py                              # generates puzzles, trains, evaluates; GPU if there is one
+    python train_sudoku.py --resume                     # goes on where an interrupted run stopped
+    python train_sudoku.py --paper                      # the paper's form: nothing of ours
     python train_sudoku.py --data sudoku.csv            # trains on a published file, not generated puzzles
     python train_sudoku.py --set width=128 steps=3000   # any field of rmdm.Config and rmdm.TrainConfig
 
@@ -16,18 +15,20 @@ Data: puzzles with exactly one solution that lose it with any clue fewer ("minim
 NumPy. Masking only their blanks keeps every state of the forward process a puzzle with one solution.
 """
 
+import argparse
 import csv
 import itertools
-import os
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 
-import rmdm  # isort: skip; first, since it sets up what torch reads when it is imported
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import rmdm
 from rmdm import MASK, BadInput
 
 ROW = np.arange(81) // 9
@@ -39,9 +40,7 @@ CHARS = ".123456789"  # a token's character
 SCORE = "exact"  # the main one of those that `evaluate` returns
 LINE = 81  # characters of a puzzle on one line; shorter lines are those of a drawn grid
 
-# ---------------------------------------------------------------------------------------------------
-# 1. Rules
-# ---------------------------------------------------------------------------------------------------
+# ---- 1. Rules ----
 
 
 def parse(text):
@@ -72,7 +71,19 @@ def valid(boards):
     return (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
 
 
-def place(cell, N=81):
+def accept(puzzles, boards):
+    """Whether boards (n, 81) solve puzzles (n, 81), (n,) bool: all nine digits in every unit, no clue changed."""
+    return valid(boards) & ((puzzles == MASK) | (puzzles == boards)).all(1)
+
+
+def check(puzzle, board):
+    """What is wrong with an answer (81,), in words; None if nothing is."""
+    if accept(puzzle[None], board[None])[0]:
+        return None
+    return conflict(board) or f"{(board == MASK).sum()} cells are empty, or a clue is changed"
+
+
+def name(cell, N=81):
     """What to call a cell: r1c1= to r9c9=."""
     return f"r{cell // 9 + 1}c{cell % 9 + 1}="
 
@@ -84,9 +95,7 @@ def draw(cells):
     return [*rows[:3], rule, *rows[3:6], rule, *rows[6:]]
 
 
-# ---------------------------------------------------------------------------------------------------
-# 2. Generator: thousands of boards in lockstep
-# ---------------------------------------------------------------------------------------------------
+# ---- 2. Generator: thousands of boards in lockstep ----
 # A board is a column of c (81, n) uint16: for each cell the set of its possible digits, one bit a digit.
 
 COUNT = np.array([bin(i).count("1") for i in range(512)], np.uint8)
@@ -127,16 +136,14 @@ def fill(n, rng):
         c = new
 
 
-def search(c, depth_first=False):
-    """One solution of each board, (81, n), all 0 if it has none, and the guesses that it took, (n,): singles,
-    then a guess in a cell with fewest candidates, all boards side by side. Depth-first, a board goes back to
-    its last guess alone; otherwise to all guesses that are left at once, which is faster for many boards."""
-    solution, guesses, owner, later = np.zeros_like(c), np.zeros(c.shape[1], int), np.arange(c.shape[1]), []
+def search(c):
+    """One solution of each board, (81, n), all 0 if it has none: singles, then a guess in a cell with fewest
+    candidates, all boards side by side; where there is no board left, they go back to all guesses at once."""
+    solution, owner, later = np.zeros_like(c), np.arange(c.shape[1]), []
     while len(owner) or later:
         if not len(owner):
-            back = len(later) - 1 if depth_first else 0
-            c, owner = (np.concatenate(parts, -1) for parts in zip(*later[back:]))
-            del later[back:]
+            c, owner = (np.concatenate(parts, -1) for parts in zip(*later))
+            later = []
         new, ok = deduce(c)
         size = COUNT[new]
         done = ok & (size == 1).all(0) & (new == c).all(0)
@@ -150,10 +157,9 @@ def search(c, depth_first=False):
         other[cell, np.arange(len(stuck))] ^= guess
         new[cell, stuck] = guess
         if len(stuck):
-            np.add.at(guesses, owner[stuck], 1)
             later.append((other, owner[stuck]))
         c = new
-    return solution, guesses
+    return solution
 
 
 def generate(n, seed):
@@ -167,7 +173,7 @@ def generate(n, seed):
             for cell in rng.random((81, m)).argsort(0):  # each board digs in its own random order
                 test = c.copy()
                 test[cell, i] = 511 & ~grid[cell, i]  # any other digit here? Then the clue has to stay
-                gone = (search(test)[0] == 0).all(0)
+                gone = (search(test) == 0).all(0)
                 c[cell[gone], i[gone]] = 511
             digits = COUNT[grid - np.uint16(1)].T + np.uint8(1)  # the bit's index, from 1
             done.append((np.where(c.T == 511, np.uint8(MASK), digits), digits))
@@ -175,152 +181,89 @@ def generate(n, seed):
     return tuple(np.concatenate(part) for part in zip(*done))
 
 
-def classical(puzzles):
-    """What solves puzzles (n, 81) without a network, (3, n): whether naked singles do, whether naked and hidden
-    singles do, and the guesses of a depth-first search, which always does (-1: no solution)."""
-    begin = np.where(puzzles == MASK, 511, 1 << puzzles.astype(np.uint16) >> 1).T.astype(np.uint16)
-    results = []
-    for hidden in (False, True):
-        c, new = None, begin
-        while not np.array_equal(c, new):
-            c, (new, _) = new, deduce(new, hidden)
-        results.append((COUNT[c] == 1).all(0))
-    solution, guesses = search(begin, depth_first=True)
-    return np.stack([*results, np.where(solution[0], guesses, -1)])
-
-
-def canonical(grids):
-    """Full grids (n, 81) with the digits renamed so that the first row reads 1..9: equal if relabelings."""
-    names = np.empty((len(grids), 10), np.uint8)
-    np.put_along_axis(names, grids[:, :9].astype(int), np.arange(1, 10, dtype=np.uint8)[None], 1)
-    return np.take_along_axis(names, grids.astype(int), 1)
+def fingerprint(grids):
+    """Full grids (n, 81) -> n keys that no symmetry of Sudoku changes, for telling grids apart up to all of
+    `augment`: how often the permutation that takes one row (or column) to another, done 2, 3 and 4 times, leaves a
+    digit in place, for all pairs of rows (or columns), sorted. Few other grids share a key."""
+    sides = []
+    for lines in (grids.reshape(-1, 9, 9), grids.reshape(-1, 9, 9).transpose(0, 2, 1)):
+        where, pairs = lines.argsort(-1), []  # the place of each digit
+        for i, j in itertools.combinations(range(9), 2):
+            once = np.take_along_axis(lines[:, j], where[:, i], 1).astype(int) - 1
+            power, key = once, 0
+            for _ in range(3):
+                power = np.take_along_axis(once, power, 1)
+                key = key * 10 + (power == np.arange(9)).sum(1)
+            pairs.append(key)
+        sides.append(np.sort(np.stack(pairs, 1), 1))
+    return [b"".join(sorted((rows.tobytes(), columns.tobytes()))) for rows, columns in zip(*sides)]
 
 
 def split(puzzles, solutions, held_out):
-    """The last `held_out` puzzles for testing and the others for training, without the training puzzles
-    whose grid is a held-out one, relabelings included. Returns (puzzles, solutions) twice."""
-    keys = [key.tobytes() for key in canonical(solutions)]
+    """The last `held_out` puzzles for testing and the others for training, without the training puzzles whose grid
+    is, up to symmetry, a held-out one. Returns (puzzles, solutions) twice."""
+    keys = fingerprint(solutions)
     secret = set(keys[-held_out:])
     keep = np.array([key not in secret for key in keys])
     return (puzzles[keep], solutions[keep]), (puzzles[-held_out:], solutions[-held_out:])
 
 
 def generated(n, seed, folder="data"):
-    """`generate` with a cache on disk, keyed by its settings, written atomically and checked when read."""
-    path = Path(folder) / f"sudoku-minimal-v2-seed{seed}-n{n}.npy"
+    """`generate` with a cache on disk, keyed by its settings, its checksum compared."""
+    path = Path(folder) / f"sudoku-minimal-v3-seed{seed}-n{n}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rmdm.save(path, torch.from_numpy(np.stack(generate(n, seed))))
     try:
-        both = np.load(path)
-        if both.shape == (2, n, 81):
-            p, s = both
-            if valid(s).all() and ((p == MASK) | (p == s)).all():
-                return p, s
-        raise ValueError("the content is not that of a cache")
-    except FileNotFoundError:
-        pass
-    except (ValueError, EOFError, OSError) as e:
-        print(f"{path}: damaged ({e}); making it again")
-    both = np.stack(generate(n, seed))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.save(f, both)
-    os.replace(part, path)
-    return both[0], both[1]
+        puzzles, solutions = rmdm.read(path).reshape(2, n, 81).numpy()
+        if not accept(puzzles, solutions).all():
+            raise BadInput(f"{path}: holds other things than puzzles")
+    except (BadInput, AttributeError, RuntimeError, TypeError) as e:
+        raise BadInput(f"{e}; delete the file, and it is made again") from None
+    return puzzles, solutions
 
 
-# ---------------------------------------------------------------------------------------------------
-# 3. Published files
-# ---------------------------------------------------------------------------------------------------
+# ---- 3. Published files ----
+
+PUZZLE, SOLUTION = ("puzzle", "quizzes", "question"), ("solution", "solutions", "answer")  # names of columns
 
 
-def read_file(path, at_a_time=None, label=None):
-    """Yield (puzzles, solutions, labels) from a file: (n, 81) uint8 twice and a list of n strings.
+def read_file(path, label=None):
+    """Yield (puzzle (81,), solution (81,), label) for each row of a file.
 
-    Reads Kaggle 1M (quizzes,solutions) and 3M (id,puzzle,solution,clues,difficulty), sudoku-extreme
-    (source,question,answer,rating), Shah et al. (.npy of (N, 325): the number of givens, then 81 x (row,
-    column, value, strategy), givens first) and plain text of 81 characters a line. In a csv the columns are
-    known by content, since published names contradict each other; `label` names a column to hand through.
-    A solution that the file lacks is all MASK. Raises BadInput with the line number of a bad row."""
+    Reads csv with a header, Kaggle 1M (quizzes,solutions) and 3M (puzzle,solution, ..), sudoku-extreme (question,
+    answer, ..), and rows without one: a puzzle of 81 characters and, maybe, its solution. `label` names a column to
+    hand through. A solution that the file lacks is all MASK. Raises BadInput with the number of a bad line."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
-    if label and str(path).endswith(".npy"):
-        raise BadInput(f"{path}: no column {label!r}")
-    rows = _read_npy(path) if str(path).endswith(".npy") else _read_text(path, label)
-    while some := list(itertools.islice(rows, at_a_time)):
-        yield _checked(path, some)
-
-
-def _read_npy(path):
-    try:
-        data = np.load(path, mmap_mode="r")
-    except Exception as e:  # a stranger's bytes can raise anything
-        raise BadInput(f"{path}: not an .npy file, or a damaged one") from e
-    if not isinstance(data, np.ndarray):
-        raise BadInput(f"{path}: an archive, not one array")
-    if data.ndim != 2 or data.shape[1] != 325:
-        raise BadInput(f"{path}: expected an array (N, 325), found {data.shape}")
-    for n, row in enumerate(data, 1):
-        row = np.asarray(row, np.int64)
-        cells = row[1:].reshape(81, 4)
-        place = cells[:, 0] * 9 + cells[:, 1]
-        ranges = 0 <= row[0] <= 81 and (0 <= cells[:, :3]).all() and (cells[:, :3] <= (8, 8, 9)).all()
-        if not ranges or sorted(place) != list(range(81)):
-            raise BadInput(f"{path}, row {n}: not 81 x (row 0-8, column 0-8, value 1-9, strategy)")
-        board = np.zeros((2, 81), np.uint8)
-        board[0, place[: row[0]]] = cells[: row[0], 2]
-        board[1, place] = cells[:, 2]
-        yield n, *board, ""
-
-
-def _read_text(path, label):
-    is_board = re.compile(r"[0-9._*]{81}").fullmatch
-    columns = header = None
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
-        reader = csv.reader("\n" if line.startswith("#") else line for line in f)  # so that lines are counted
-        while True:
+    columns, known = {}, dict(puzzle=PUZZLE, solution=SOLUTION, label=(label,))
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
             try:
-                line = [field.strip() for field in next(reader)]
-            except StopIteration:
-                return
-            except csv.Error as e:
-                raise BadInput(f"{path}, line {reader.line_num}: {e}") from None
-            if not any(line):
-                continue
-            n = reader.line_num
-            boards = [i for i, field in enumerate(line) if is_board(field)]
-            if columns is None and not boards and not header and not any(re.search("[0-9._*]{9}", x) for x in line):
-                header = line
-                continue
-            if columns is None:
-                columns = sorted(boards, key=lambda i: not re.search("[0._*]", line[i]))[:2]
-                if label and label not in (header or []):
-                    raise BadInput(f"{path}: no column {label!r}")
-                where = header.index(label) if label else 0
-            if not columns or max(*columns, where) >= len(line) or not all(is_board(line[i]) for i in columns):
-                raise BadInput(f"{path}, line {n}: expected 81 digits or blanks (0 . _ *), found {line[0][:81]!r}")
-            board = [np.frombuffer(re.sub("[._*]", "0", line[i]).encode(), np.uint8) - 48 for i in columns]
-            yield n, board[0], board[1] if len(board) > 1 else np.zeros(81, np.uint8), line[where] if label else ""
+                row = next(csv.reader([line], strict=True))  # line by line: an open quote cannot swallow the next
+                if not columns:
+                    columns = {kind: i for kind, names in known.items() for i, x in enumerate(row) if x in names}
+                    header, width = bool(columns), len(row)
+                    columns = columns or dict(zip(("puzzle", "solution"), range(width)))
+                    if missing := {"puzzle", "label" if label is not None else "puzzle"} - columns.keys():
+                        raise BadInput(f"no column called {' or '.join(map(str, known[missing.pop()]))}")
+                    if header:
+                        continue
+                if len(row) != width:
+                    raise BadInput(f"{len(row)} fields, not {width}")
+                puzzle, solution = parse(row[columns["puzzle"]]), np.zeros(81, np.uint8)
+                if "solution" in columns:
+                    solution = parse(row[columns["solution"]])
+                    if wrong := check(puzzle, solution):
+                        raise BadInput(f"the solution is wrong: {wrong}")
+            except (BadInput, csv.Error) as e:
+                raise BadInput(f"{path}, line {number}: {e}") from None
+            yield puzzle, solution, row[columns["label"]] if "label" in columns else ""
 
 
-def _checked(path, rows):
-    lines, puzzles, solutions, labels = zip(*rows)
-    puzzles, solutions = np.array(puzzles), np.array(solutions)
-    known = (solutions != MASK).any(1)
-    for bad, what in (
-        (known & ~valid(solutions), "the solution breaks the rules"),
-        (known & ((puzzles != MASK) & (puzzles != solutions)).any(1), "the solution contradicts the puzzle"),
-    ):
-        if bad.any():
-            raise BadInput(f"{path}, line {lines[bad.argmax()]}: {what}")
-    for line, puzzle in zip(np.array(lines)[~known], puzzles[~known]):
-        if (broken := conflict(puzzle)) is not None:
-            raise BadInput(f"{path}, line {line}: {broken}")
-    return puzzles, solutions, list(labels)
-
-
-# ---------------------------------------------------------------------------------------------------
-# 4. Training batches and evaluation
-# ---------------------------------------------------------------------------------------------------
+# ---- 4. Training batches and evaluation ----
 
 
 def augment(boards, generator=None):
@@ -352,106 +295,96 @@ def batches(puzzles, solutions, device):
     return batch
 
 
-def start(model, puzzles, device="cpu"):
-    """Puzzles (n, 81) -> tokens (n, 81) int64 and `editable`, True = blank."""
+def start(model, puzzles):
+    """Puzzles (n, 81) -> tokens (n, 81) int64 on the model's device, and `editable`, True = blank."""
     if (model.config.vocab, len(model.config.coords)) != (10, 81):
         raise BadInput("the model is not one for Sudoku")
-    x = torch.from_numpy(puzzles).long().to(device)
+    x = torch.from_numpy(puzzles).long().to(next(model.parameters()).device)
     return x, x == MASK
 
 
+def score(puzzles, x):
+    """For the restarts of rmdm.sample_all: the share of units with nine digits; 1 for a solution, and only for it."""
+    boards = x.cpu().numpy()
+    full = (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all(2).mean(1)
+    return np.where(accept(puzzles, boards), 1.0, full.clip(max=0.99))
+
+
 def evaluate(model, puzzles, solutions, **how):
-    """Solve puzzles (n, 81) with rmdm.sample(**how) and score. Returns a dict: n; the share of puzzles that
-    are exact (all 81 right) and valid (rules and clues hold); cell, the mean share of a puzzle's blanks that
-    are right; the cost, see rmdm.sample_all. Without solutions exact and cell are nan."""
-    x, cost = rmdm.sample_all(model, *start(model, puzzles, next(model.parameters()).device), **how)
-    boards, blank = x.cpu().numpy(), puzzles == MASK
-    right, unknown = boards == solutions, 1.0 if (solutions != MASK).all() else np.nan
+    """Solve puzzles (n, 81) with rmdm.sample_all(**how) and score. Returns a dict of means: `exact`, all 81 right, and
+    `cell`, the share of the blanks that is right, both None without solutions; `valid`, rules and clues hold; `first`,
+    valid at the first try; `tries`; `nfe`, loops; and n and `seconds` in all."""
+    began, blank = time.perf_counter(), puzzles == MASK
+    out = rmdm.sample_all(model, *start(model, puzzles), lambda i, x: score(puzzles[i.tolist()], x), **how)
+    boards, tries = out.x.cpu().numpy(), out.tries.cpu().numpy()
+    right, good = boards == solutions, accept(puzzles, boards)
+    known = (solutions != MASK).all()
     return dict(
         n=len(puzzles),
-        exact=unknown * float(right.all(1).mean()),
-        valid=float((valid(boards) & ((boards == puzzles) | blank).all(1)).mean()),
-        cell=unknown * float(1 - ((~right & blank).sum(1) / blank.sum(1).clip(min=1)).mean()),
-        **cost,
+        exact=right.all(1).mean().item() if known else None,
+        valid=good.mean().item(),
+        first=(good & (tries == 1)).mean().item(),
+        cell=(1 - (~right & blank).sum(1) / blank.sum(1).clip(min=1)).mean().item() if known else None,
+        tries=tries.mean().item(),
+        nfe=out.nfe.double().mean().item(),
+        seconds=time.perf_counter() - began,
     )
 
 
-def judge(puzzle, tokens, trace):
-    """Replay the reveals, surest first in each step, up to the first that breaks a rule: (board, what is wrong)."""
-    board = puzzle.copy()
-    for step in trace:
-        cells = step["revealed"].nonzero()[:, 0]
-        for cell in cells[step["sure"][cells].argsort(descending=True)].tolist():
-            board[cell] = step["x"][cell]
-            if (broken := conflict(board)) is not None:
-                what, board[cell] = f"{place(cell)}{board[cell]} breaks a rule, {broken}", MASK
-                return board, f"{what}; shown up to there, {(board == MASK).sum()} cells left"
-    return board, None
+# ---- 5. The command ----
 
-
-# ---------------------------------------------------------------------------------------------------
-# 5. The command
-# ---------------------------------------------------------------------------------------------------
-
-PUZZLES = 10_000  # to train on: symmetries make many of each
-HELD_OUT = 256  # puzzles kept for evaluation: the table at the end takes a minute or two on a CPU
-
-
-def presets(args):
-    if args.data and args.puzzles:
-        raise BadInput("--data brings its own puzzles: leave out --puzzles")
-    depth = dict(loops_min=8, supervise="8")  # 8 to 16 loops, the last 8 with gradient: see the README
-    return {
-        "cpu": (
-            rmdm.Config(10, COORDS, width=64, heads=2, layers=1, loops=16, inject=True, coord_bias=True),
-            rmdm.TrainConfig(steps=5500, batch=32, **depth),
-            "about ten minutes on two CPU cores, data and evaluation included",
-        ),
-        "gpu": (
-            rmdm.Config(10, COORDS, width=256, heads=4, layers=2, loops=16, inject=True, coord_bias=True),
-            rmdm.TrainConfig(steps=8_500, batch=512, lr=0.01, lr_rest=2e-3, warmup=500, **depth),
-            "meant for ten minutes of one modern GPU (not measured on one yet)",
-        ),
-    }
-
-
-def prepare(args, device):
-    if args.data:
-        puzzles, solutions, _ = next(read_file(args.data), (None, None, None))
-        if puzzles is None or len(puzzles) <= HELD_OUT:
-            raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles")
-        if not (solutions != MASK).all():
-            raise BadInput(f"{args.data}: training needs a solution for every puzzle")
-    else:
-        puzzles, solutions = generated((args.puzzles or PUZZLES) + HELD_OUT, args.seed)
-    seen, test = split(puzzles, solutions, HELD_OUT)
-    if not len(seen[0]):
-        raise BadInput("nothing left to train on: every grid is a held-out one")
-    few = [part[:128] for part in test]
-    x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
-
-    def check(model):
-        bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean()
-        return dict(nelbo=bound.item()) | {f"exact_T{T}": evaluate(model, *few, steps=T)["exact"] for T in (1, 20)}
-
-    def report(model):
-        L, steps = model.config.loops, (1, 5, 20, 81)
-        print(f"\nexact, % of {HELD_OUT} held-out minimal puzzles, by loops L and steps T (confidence order)")
-        loops = sorted({max(1, L // 2), L, L * 3 // 2})
-        rmdm.grid(lambda L, T: 100 * evaluate(model, *test, steps=T, loops=L)["exact"], loops, steps)
-        rmdm.by_noise(model, x0, blank)
-        return "".join(map(str, test[0][0])).replace("0", ".")
-
-    return batches(*seen, device), check, report
+PRESET = (
+    rmdm.Config(10, COORDS, loops=16, inject=True, coord_bias=True),
+    rmdm.TrainConfig(steps=5500, loops_min=8, grad_loops=8),  # 8 to 16 loops, the last 8 with gradient: evidence/
+)
+PAPER = (rmdm.Config(10, 81, loops=8, time=True), rmdm.TrainConfig(steps=6500, muon=False, lr_rest=1e-3))
+HELD_OUT = 256  # puzzles kept for evaluation: a standard error of two to three points
 
 
 def main():
-    options = {
-        "--data": dict(metavar="FILE", help=f"train on a published file, its last {HELD_OUT} puzzles held out"),
-        "--puzzles": dict(type=rmdm.within(int, 1, 10**8), help=f"how many to generate (default: {PUZZLES})"),
-    }
-    rmdm.launch("sudoku", __doc__, presets, prepare, options)
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--paper", action="store_true", help="the paper's form instead of the preset")
+    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
+    add("--puzzles", type=int, default=10_000, help="to train on (default: %(default)s; symmetries make many of each)")
+    add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
+    add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    add("--out", metavar="RUN", default="runs/sudoku", help="a new folder for the run (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the run in that folder; other options as before")
+    args = parser.parse_args()
+    device = rmdm.pick_device(args.device)
+    config, training = rmdm.override(args.set, *(PAPER if args.paper else PRESET))
+    training, n = replace(training, seed=args.seed), args.puzzles + HELD_OUT
+    if args.puzzles < 1:
+        raise BadInput("--puzzles is at least 1")
+    if args.data is not None:
+        rows = list(itertools.islice(read_file(args.data), n))
+        if len(rows) <= HELD_OUT or not all(solution.all() for _, solution, _ in rows):
+            raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles, with solutions")
+        puzzles, solutions = (np.array(part) for part in list(zip(*rows))[:2])
+    else:
+        puzzles, solutions = generated(n, args.seed)
+    seen, test = split(puzzles, solutions, HELD_OUT)
+    x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
+
+    def check(model):
+        bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean().item()
+        return dict(nelbo=bound) | {f"exact_T{T}": evaluate(model, *test, steps=T)["exact"] for T in (1, 20)}
+
+    torch.manual_seed(args.seed)
+    model = rmdm.RMDM(config).to(device)
+    about = dict(task="sudoku", data=args.data, puzzles=args.puzzles)
+    model = rmdm.train(model, training, batches(*seen, device), check, args.out, about, args.resume)
+    print(f"exact, % of {HELD_OUT} held-out puzzles, by loops L and steps T")
+    for L in sorted({max(1, config.loops // 2), config.loops}):
+        shares = [f"T={T} {100 * evaluate(model, *test, steps=T, loops=L)['exact']:.1f}" for T in (1, 5, 20, 81)]
+        print(f"  L={L:<3} {'   '.join(shares)}", flush=True)
+    puzzle = "".join(map(str, test[0][0])).replace("0", ".")
+    print(f"\nsolve one that it has never seen:\n  python sample.py sudoku --checkpoint {args.out} {puzzle}")
 
 
 if __name__ == "__main__":
-    rmdm.cli(main)
+    rmdm.run_script(main)

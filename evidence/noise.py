@@ -1,0 +1,77 @@
+"""Where do the loops help? The cross-entropy after each loop, by the share of the answer that is masked.
+
+    python evidence/noise.py sudoku                                   # the weights that come along
+    python evidence/noise.py countdown --checkpoint RUN --seed 1      # a run of your own, of that seed
+    python evidence/noise.py sudoku --data puzzles.csv                # problems of a file, with solutions
+
+Without --data the problems are those that the training with this seed held out. Prints one JSON object, and a table
+on standard error: a row a loop, a column a share t, nats a token that is masked on average. By eq. (3) the integral
+over t of a row's numbers, times the number of editable tokens, is the NELBO with so many loops.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rmdm
+import train_countdown
+import train_sudoku
+
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+def held_out(task, model, seed):
+    """The problems, with solutions, that the training with the script's defaults tests on."""
+    if task is train_sudoku:
+        return task.split(*task.generated(10_000 + task.HELD_OUT, seed), task.HELD_OUT)[1]
+    numbers = task.OPERANDS[len(model.config.coords)]
+    return task.split(*task.generate(numbers, 500_000, seed), seed)[1]
+
+
+def by_noise(model, x0, editable):
+    """{t: [nats after loop 1, 2, ..]} for the times t at which these shares are masked."""
+    nats = {}
+    for share in SHARES:
+        t = rmdm.alpha_inverse(torch.full((len(x0),), 1 - share, device=x0.device))
+        generator = torch.Generator(x0.device).manual_seed(0)
+        ce, _ = rmdm.masked_ce(model, x0, editable, t, generator, supervise="all")
+        nats[share] = (ce.sum((1, 2)) / (share * editable.sum())).tolist()
+    return nats
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=("sudoku", "countdown"))
+    parser.add_argument("--checkpoint", metavar="FILE_OR_RUN", help="default: the weights that come along")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    parser.add_argument("--data", metavar="FILE", help="take the problems from this file")
+    args = parser.parse_args()
+    task = {"sudoku": train_sudoku, "countdown": train_countdown}[args.task]
+    checkpoint = args.checkpoint or Path(__file__).parents[1] / "weights" / f"{args.task}-small.pt"
+    model = rmdm.load(checkpoint, task=args.task)
+    if args.data:
+        rows = [(problem, solution) for problem, solution, _ in task.read_file(args.data) if solution.any()]
+        if not rows:
+            raise rmdm.BadInput(f"{args.data}: no problem with a solution in it")
+        problems, solutions = (np.array(part) for part in zip(*rows))
+    else:
+        problems, solutions = held_out(task, model, args.seed)
+    _, editable = task.start(model, problems)
+    x0 = torch.from_numpy(solutions if task is train_sudoku else task.encode(problems, solutions)).long()
+    nats = by_noise(model, x0, editable)
+    print(json.dumps(dict(checkpoint=str(checkpoint), data=args.data, n=len(x0), nats=nats)), flush=True)
+    print("      " + "".join(f"{f't={t}':>8}" for t in nats), file=sys.stderr)
+    for l, row in enumerate(zip(*nats.values()), 1):
+        print(f"L={l:<4}" + "".join(f"{x:8.3f}" for x in row), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    rmdm.run_script(main)

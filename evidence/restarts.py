@@ -1,0 +1,132 @@
+"""Restarts, eq. (8): which kind makes the most of a budget of loops, and what they are worth without a checker.
+
+    python evidence/restarts.py sudoku CHECKPOINT [VARIANT ..]       # 128 hard generated puzzles
+    python evidence/restarts.py countdown CHECKPOINT [VARIANT ..]    # 256 generated problems with held-out targets
+
+A variant is one JSON line: the share solved within 1, 2, 4, .. tries, and the mean loops a problem at the last."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rmdm  # noqa: E402
+import train_countdown  # noqa: E402
+import train_sudoku  # noqa: E402
+
+TRIES = 16
+
+
+class OtherNoise(rmdm.RMDM):
+    """Noise in other places: before the first loop only (h^0 is injected without it), or before every loop."""
+
+    def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None):
+        c, h0 = self.config, self.encode(x_t, t)
+        h = h0
+        yield h
+        for l in range(1, loops + 1):
+            if noise and (l == 1 or self.every):
+                h = h + noise * torch.randn(h.shape, generator=generator)
+            h = self.loop_norm(h + self.v.weight[min(l, c.loops) - 1] + h0)
+            for layer in self.block:
+                h = layer(h, self.same)
+            yield h
+
+
+VARIANTS = {  # what differs from noise 0.3 on h^0, drawn at every step, confidence order, threshold 0.99
+    "noise 0.3": {},
+    "noise 0.15": dict(noise=0.15), "noise 0.2": dict(noise=0.2),
+    "noise 0.45": dict(noise=0.45), "noise 1": dict(noise=1.0),
+    "first loop only, 1": dict(every=False, noise=1.0), "every loop, 0.1": dict(every=True, noise=0.1),
+    "threshold 0.9": dict(threshold=0.9), "threshold 0.97": dict(threshold=0.97),
+    "threshold 0.999": dict(threshold=0.999),
+    "no threshold": dict(threshold=None), "20 steps": dict(steps=20),
+    "half the loops": dict(loops=0.5), "1.5 times the loops": dict(loops=1.5), "twice the loops": dict(loops=2),
+    "eps 0.1": dict(eps=0.1),
+    "temperature 1, no noise": dict(noise=0.0, temperature=1.0),
+    "random order, temperature 1, no noise": dict(noise=0.0, temperature=1.0, order="random"),
+    "random order, noise 0.3": dict(order="random"),
+    "random symmetry, no noise": dict(noise=0.0, symmetry=True),
+}  # fmt: skip
+
+
+def problems(task):
+    """Problems (n, ..) on which nothing was trained: Sudokus that take a search five guesses or more, or Countdown
+    problems with held-out targets."""
+    if task is train_sudoku:
+        from classical import depth_first
+
+        puzzles, _ = train_sudoku.generated(2048, seed=424_242)
+        c = np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)
+        return puzzles[depth_first(c)[1] >= 5][:128]
+    found, _ = train_countdown.generate(3, 20_000, seed=424_242)
+    return found[np.isin(found[:, 3], train_countdown.held_out_targets(3))][:256]
+
+
+def with_symmetry(model, puzzles, tries, generator, **how):
+    """Restarts of Sudoku with a random symmetry for each try in place of noise: tries and loops used (n,), and whether
+    it was solved. A symmetric picture is solved where the puzzle is, so no answer is turned back."""
+    used, nfe, solved = (torch.zeros(len(puzzles), dtype=torch.long) for _ in range(3))
+    for k in range(tries):
+        i = (solved == 0).nonzero()[:, 0]
+        x = puzzles[i] if k == 0 else train_sudoku.augment(puzzles[i][None], generator)[0]
+        out = rmdm.sample_all(model, x, generator=generator, **how)
+        solved[i] = torch.from_numpy(train_sudoku.accept(x.numpy(), out.x.numpy())).long()
+        used[i], nfe[i] = k + 1, nfe[i] + out.nfe
+    return used, nfe, solved.numpy() > 0
+
+
+def without_checker(task, model, x, editable, given, tries=8, batch=64):
+    """Of several noisy tries, none judged: the share solved by one of them, by the answer that most of them agree on,
+    by the one that the model itself found likeliest, and by any of them."""
+    answers, likely, right = [], [], []
+    for k in range(tries):
+        g = torch.Generator().manual_seed(k)
+        for part in torch.arange(len(x)).split(batch):
+            how = dict(steps=x.shape[1], threshold=0.99, noise=0.3, generator=g, trace=True)
+            out = rmdm.sample(model, x[part], editable[part], **how)
+            log_p = [torch.where(step["revealed"], step["sure"].clamp(min=1e-9).log(), 0.0) for step in out.trace]
+            answers.append(out.x)
+            likely.append(sum(log_p).sum(1))
+            right.append(task.score(given[part.numpy()], out.x) == 1)
+    answers, likely = torch.cat(answers).view(tries, *x.shape), torch.cat(likely).view(tries, -1)
+    right = np.concatenate(right).reshape(tries, -1)
+    votes = (answers[:, None] == answers[None]).all(-1).sum(0)  # (tries, n): how many tries agree with this one
+    pick = dict(agreed=votes.argmax(0), likeliest=likely.argmax(0))
+    shares = {name: right[i.numpy(), np.arange(len(x))].mean() for name, i in pick.items()}
+    return dict(one=right.mean()) | shares | dict(any=right.any(0).mean())
+
+
+def main():
+    if len(sys.argv) < 3 or sys.argv[1] not in ("sudoku", "countdown"):
+        raise rmdm.BadInput("usage: python evidence/restarts.py sudoku|countdown CHECKPOINT [VARIANT ..]")
+    name, checkpoint, *chosen = sys.argv[1:]
+    task, model = {"sudoku": train_sudoku, "countdown": train_countdown}[name], rmdm.load(sys.argv[2], task=name)
+    given = problems(task)
+    x, editable = task.start(model, given)
+    for variant in chosen or [*VARIANTS, "without a checker"]:
+        about = dict(task=name, checkpoint=checkpoint, variant=variant, n=len(x))
+        if variant == "without a checker":
+            print(json.dumps(about | without_checker(task, model, x, editable, given)), flush=True)
+            continue
+        how = dict(steps=x.shape[1], threshold=0.99, generator=torch.Generator().manual_seed(0)) | VARIANTS[variant]
+        if "loops" in how:
+            how["loops"] = int(how["loops"] * model.config.loops)
+        every, symmetry = how.pop("every", None), how.pop("symmetry", False)
+        if (every is not None or symmetry) and task is train_countdown:
+            continue  # the models of Countdown differ in what a loop adds, and have no symmetry
+        model.__class__, model.every = (rmdm.RMDM if every is None else OtherNoise), every
+        if symmetry:
+            tries, nfe, solved = with_symmetry(model, x, TRIES, **how)
+        else:
+            out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(given[i.tolist()], x), TRIES, **how)
+            tries, nfe, solved = out.tries, out.nfe, task.score(given, out.x) == 1
+        shares = {f"tries_{k}": (solved & (tries.numpy() <= k)).mean() for k in (1, 2, 4, 8, 16)}
+        print(json.dumps(about | shares | dict(nfe=nfe.double().mean().item())), flush=True)
+
+
+if __name__ == "__main__":
+    rmdm.run_script(main)

@@ -1,0 +1,415 @@
+"""The tables of evidence/README.md, and its figures, from the logs in evidence/logs/.
+
+    python evidence/results.py              # print every table under its name
+    python evidence/results.py --write      # put them into README.md, each below its <!-- table: NAME -->
+    python evidence/results.py --check      # exit 1 if a table there is not what this prints
+    python evidence/results.py --figures    # draw the figures (matplotlib is needed here and nowhere else)
+
+    logs/NAME-seed*.jsonl         log.jsonl of a training run, or of several, one after the other
+    logs/NAME-seed*-eval.jsonl    what `python sample.py TASK --data FILE --json` printed for it, or for them
+    logs/NAME-seed*.txt           what training printed at its end, until commit 16cafdf: scores, mistakes, noise
+    logs/sudoku-classical.jsonl   what evidence/classical.py printed
+    logs/speed.jsonl              what evidence/speed.py printed
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LOGS = HERE / "logs"
+PUZZLE = "...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976"  # by generate(256, 123)
+
+# ---- logs ----
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def scores(path):
+    """The rows of a NAME-seed*-eval.jsonl, with `file` as we name it, `name`, that of the log, and `whole`: not of a
+    part of the file. The group of all was "all" and is null."""
+    how = dict(name=path.name.split("-seed")[0], checkpoint="")
+    return [how | row | dict(whole=row["group"] in (None, "all"), file=set_name(row)) for row in lines(path)]
+
+
+def set_name(row):
+    return Path(row["file"]).stem.split("_", 1)[-1]
+
+
+OFF = dict(coord_bias=False, grad_loops=0, curriculum="none", mass_t1=0.0)  # options that came later, or went
+
+
+def settings(head):
+    """A run's settings by their present names: supervise=M is grad_loops=M now, but where `truncate` was off."""
+    head = head | {key: x for key, x in OFF.items() if key not in head}
+    if head["supervise"].isdigit() and head.get("truncate", True):
+        head |= dict(supervise="all", grad_loops=int(head["supervise"]))
+    head |= {key: 0 for key in ("grad_loops", "loops_min") if head[key] >= head["loops"]}  # that is, not in use
+    return {key: value for key, value in head.items() if key != "truncate"}
+
+
+def runs(name):
+    """For each model of NAME, in the order of its files, a tuple of one dict a seed: its settings, its last line, and
+    `head`, the settings alone; `run`, its name; `at`, {(file, T): scores}; `text`, what training printed."""
+    seeds = []
+    for path in sorted(LOGS.glob(f"{name}-seed?.jsonl")):
+        logs, at, text = [], {}, path.with_suffix(".txt")
+        for row in lines(path):
+            if row["step"] == 0:
+                logs.append({})
+            logs[-1][row["step"]] = row  # after a resume steps come again: the last entry counts
+        for row in scores(path.with_name(f"{path.stem}-eval.jsonl")):
+            at.setdefault(row["checkpoint"], {})
+            if row["whole"]:
+                at[row["checkpoint"]][row["file"], row["steps"]] = row
+        texts = text.read_text().split("\npreset ") if text.exists() else [""] * len(logs)
+        models = zip(logs, texts, at.items() or [("", {})] * len(logs), strict=True)
+        models = [(settings(log[0]), log[max(log)], text, *scored) for log, text, scored in models]
+        seeds.append([head | last | dict(head=head, text=text, run=run, at=at) for head, last, text, run, at in models])
+    return list(zip(*seeds, strict=True))
+
+
+# ---- tables ----
+
+
+def table(head, rows):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def spread(values, digits=1):
+    """One number a seed: their mean ± half their range, without the latter where it rounds to 0."""
+    values = list(values)
+    mean, half = sum(values) / len(values), f"{(max(values) - min(values)) / 2:.{digits}f}"
+    return f"{mean:,.{digits}f}" + f" ± {half}" * (float(half) > 0)
+
+
+DIGITS = {"parameters": 0, "steps": 0, "NELBO, nats": 2}
+
+
+def compare(found, columns, first="K x L", label=lambda model: shape(model)):
+    """A row for each model of `found`, named by label(model): {title: number(model)}."""
+    rows = []
+    for seeds in found:
+        cells = (spread(map(number, seeds), DIGITS.get(title, 1)) for title, number in columns.items())
+        rows.append((label(seeds[0]), *cells))
+    return table((first, *columns), rows)
+
+
+def pivot(names, head, keep=lambda row: row["whole"]):
+    """Scores of the rows to keep by T, and by what `head` says: {title: a field, or a function of the row}."""
+
+    def down(row):
+        return tuple(row[key] if isinstance(key, str) else key(row) for key in head.values())
+
+    seeds = [[row for name in names.split() for row in scores(LOGS / f"{name}-seed{i}-eval.jsonl")] for i in (0, 1)]
+    seeds, rows = [list(filter(keep, seed)) for seed in seeds], []
+    steps = sorted({row["steps"] for row in seeds[0]})
+    for key in dict.fromkeys(map(down, seeds[0])):
+        found = [{row["steps"]: row for row in seed if down(row) == key} for seed in seeds]
+        done = [T for T in steps if T in found[0]]
+        share = {T: spread(100 * at[T].get("exact", at[T].get("solved")) for at in found) for T in done}
+        nfe = ", ".join(spread((at[T]["nfe"] for at in found), 0) for T in done)
+        rows.append((*key, found[0][done[0]]["n"], *(share.get(T, "") for T in steps), nfe))
+    return table((*head, "n", *(f"T={T}" for T in steps), "NFE at each T"), rows)
+
+
+def last(key, factor=1):
+    return lambda model: factor * model[key]
+
+
+def exact(file, *steps):
+    """Columns: what is solved of a file at each T."""
+    return {f"{file}, T={T}": lambda model, T=T: 100 * model["at"][file, T]["exact"] for T in steps}
+
+
+def printed(pattern):
+    """The number in what training printed; {loops} and other settings stand for the run's own."""
+    return lambda model: float(re.search(pattern.format_map(model), model["text"], re.M)[1])
+
+
+SIZE = {"parameters": last("parameters"), "steps": last("steps"), "training, TFLOP": last("flops", 1e-12)}
+MINUTES, NELBO = {"minutes": last("seconds", 1 / 60)}, {"NELBO, nats": last("nelbo")}
+KAGGLE = exact("kaggle3m", 5, 20, 81)
+CHOICES = SIZE | NELBO | {"held-out, T=81": printed(r"^  L={loops} .* (\S+)$")} | KAGGLE
+TESTS = {f"{key}, T=34": printed(rf"^held-out {key}.* solved (\S+)%") for key in ("operands", "targets")}
+STEPS = {f"T={T}": printed(r"^  L={loops}" + i * r" +\S+" + r" +(\S+)") for i, T in enumerate((1, 4, 8, 34))}
+FAULTS = "begins well", "number not available", "false equation 1", "false equation 2"
+FAULTS = {key: printed(rf"^held-out operands.* {key} (\S+)%") for key in FAULTS}
+COUNTDOWN = SIZE | NELBO | {"operands, T=1": STEPS["T=1"]} | TESTS | FAULTS
+COUNTDOWN["of those that begin well, solved"] = (
+    lambda model: 100 * TESTS["operands, T=34"](model) / FAULTS["begins well"](model)
+)
+
+
+def shape(model):
+    """Layers x loops, with head and tail layers if there are any: 1 + 1 x 5 + 2."""
+    text = "{layers} x {loops}"
+    if model["head_layers"] + model["tail_layers"]:
+        text = "{head_layers} + {layers} x {loops} + {tail_layers}"
+    return text.format_map(model) + ", with additions" * model["coord_bias"]
+
+
+def choices(name, columns, removed=False):
+    """Models named by what differs from the first: those that today's code can train, or those that it cannot."""
+    found, same = runs(name), ("parameters", "steps", "seed", "eval_every", "save_every")
+    base = found[0][0]["head"]
+
+    def label(model):
+        change = [f"{key}={x}".lower() for key, x in model["head"].items() if x != base.get(key, x) and key not in same]
+        return f"`{' '.join(change)}`" if change else "plain cell index" if "plain" in model["run"] else "none"
+
+    def gone(model):
+        return model["supervise"].isdigit() or re.search("growing|mass|curriculum", label(model)) is not None
+
+    return compare([seeds for seeds in found if gone(seeds[0]) == removed], columns, "change", label)
+
+
+def depth():
+    """K layers x L loops on Sudoku, by compute."""
+    by = "coord_bias", "steps", "flops"
+    return sorted(runs("sudoku-depth"), key=lambda seeds: [seeds[0][key] for key in by])
+
+
+def minutes():
+    """Runs of the Sudoku preset's form, shorter and longer, with fixed L and with truncated backpropagation."""
+    found = {Path(seeds[0]["run"]).name: seeds for seeds in runs("sudoku-choices")}
+    found = *runs("sudoku-t60now"), found["fixed-0"], *runs("sudoku-fixed"), found["trunc-0"], *runs("sudoku-cpu")
+    columns = SIZE | MINUTES | NELBO | exact("kaggle3m", 81)
+    return compare(found, columns, "loops in training", lambda model: "8 to 16" if model["loops_min"] else "8")
+
+
+def muon():
+    """The preset with our own Muon, and with torch's."""
+    found = runs("sudoku-cpu") + runs("sudoku-today")
+    columns = SIZE | MINUTES | NELBO | {"held-out, T=20": last("exact_T20", 100)} | exact("kaggle3m", 20, 81)
+    return compare(found, columns, "Muon", lambda model: "torch.optim.Muon" if "muon" in model else "our own")
+
+
+def noise(found, loops):
+    """Nats a masked token after so many loops, by the share masked: the end of what training printed."""
+    rows = []
+    for seeds in found:
+        grids = [dict(re.findall(r"^  L=(\d+) +((?: *\d\.\d{3}){6})$", model["text"], re.M)) for model in seeds]
+        for l in loops[: seeds[0]["loops"]]:
+            cells = zip(*(map(float, grid[str(l)].split()) for grid in grids))
+            rows.append((shape(seeds[0]), l, *(spread(x, 3) for x in cells)))
+    return table(("model", "after loop", *(f"t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))), rows)
+
+
+def classical():
+    rows, shares = lines(LOGS / "sudoku-classical.jsonl"), ("naked singles", "naked and hidden singles", "search")
+    rows = [row | {key: f"{100 * row[key]:.1f}" for key in shares} for row in rows]
+    rows = [row | dict(file=set_name(row), mean=f"{row['mean']:.1f}") for row in rows]
+    return table(rows[0], (row.values() for row in rows))
+
+
+def speed(kind):
+    rows = [row for row in lines(LOGS / "speed.jsonl") if row.pop("kind") == kind]
+    return table(rows[0], ([f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in rows))
+
+
+def first_tries(name):
+    """{file: {T: the rows of the two seeds}} of a log."""
+    at = {}
+    for row in (row for i in (0, 1) for row in scores(LOGS / f"{name}-seed{i}-eval.jsonl") if row["whole"]):
+        at.setdefault(row["file"], {}).setdefault(row["steps"], []).append(row)
+    return at
+
+
+def solved(row):
+    return 100 * row.get("exact", row.get("solved"))
+
+
+def restarts(first, tries, steps, limits):
+    """By file: first tries at each T of `steps`, both seeds; what seed 0 solves within 1, 4, .. tries of `limits`, and
+    the mean loops of all these tries."""
+    at, found = first_tries(first), {}
+    for row in scores(LOGS / f"{tries}-seed0-eval.jsonl"):
+        found[row["file"], row["max_tries"]] = f"{solved(row):.1f} ({row['nfe']:,.0f})"
+    rows = []
+    for file in at:
+        within = [found.get((file, n), "") for n in limits]
+        rows.append((file, at[file][1][0]["n"], *(spread(map(solved, at[file][T])) for T in steps), *within))
+    return table(("set", "n", *(f"T={T}" for T in steps), *(f"within {n} (loops)" for n in limits)), rows)
+
+
+def kinds(task):
+    """What evidence/restarts.py printed."""
+    rows = [row for row in lines(LOGS / f"restarts-{task}-seed0.jsonl") if "nfe" in row]
+    shares = [key for key in rows[0] if key.startswith("tries_")]
+    body = ([row["variant"], *(f"{100 * row[key]:.1f}" for key in shares), f"{row['nfe']:,.0f}"] for row in rows)
+    return table(("kind", *(key.replace("_", " ") for key in shares), "loops a problem"), body)
+
+
+MODELS = {  # what the logs call a model, and what it is
+    "sudoku": "with additions",
+    "k1l8": "plain form",
+    "fixed": "8",
+    "noinject": "8, inject=false",
+    "s4": "4 to 8",
+    "s4noinject": "4 to 8, inject=false",
+    "trunc": "8 to 16, grad_loops=8",
+    "late": "3 + 1 x 5 + 0",
+    "mid": "2 + 1 x 5 + 1",
+    "long": "1 x 4, 20,000 steps",
+    "countdown-cpu": "7,300 steps",
+    "countdown-long": "20,000 steps",
+}
+
+
+def model(row):
+    return MODELS[re.sub(r"-?\d$", "", Path(row["checkpoint"]).name)]
+
+
+def hard(row):
+    """Of the sets of Sudokus all but the one that every order solves."""
+    return row["file"] != "ye2024_test"
+
+
+TRIES = (1, 4, 16, 64)
+LOOPS, LIMIT = {"loops in training": model}, {"at most": "loops", "eps": "eps"}
+TABLES = {
+    "sudoku-sets": lambda: pivot("sudoku-cpu", {"file": "file"}),
+    "sudoku-levels": lambda: pivot("sudoku-cpu", {"level": "group"}, lambda row: not row["whole"]),
+    "sudoku-minutes": minutes,
+    "sudoku-muon": muon,
+    "sudoku-classical": classical,
+    "sudoku-depth": lambda: compare(depth(), SIZE | NELBO | exact("ye2024_test", 1, 5) | KAGGLE),
+    "sudoku-loops": lambda: pivot("sudoku-loops sudoku-plain-loops", {"model": model, "L": "loops"}),
+    "sudoku-easy": lambda: pivot("sudoku-easy", {"L": "loops"}),
+    "sudoku-threshold": lambda: pivot("sudoku-threshold", {"threshold": "threshold"}),
+    "sudoku-orders": lambda: pivot("sudoku-orders", {"file": "file", "order": "order"}, hard),
+    "sudoku-choices": lambda: choices("sudoku-choices", CHOICES),
+    "sudoku-noise": lambda: noise(runs("sudoku-cpu"), (1, 2, 4, 8, 12, 16)),
+    "sudoku-more-loops": lambda: pivot("sudoku-more-loops", LOOPS | {"L": "loops"}),
+    "sudoku-adaptive": lambda: pivot("sudoku-adaptive", LOOPS | LIMIT),
+    "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), SIZE | MINUTES | TESTS),
+    "countdown-cd3": lambda: pivot("countdown-cpu countdown-long", {"run": lambda row: MODELS[row["name"]]}),
+    "countdown-depth": lambda: compare(runs("countdown-depth"), COUNTDOWN),
+    "countdown-steps": lambda: compare(runs("countdown-depth"), SIZE | STEPS),
+    "countdown-loops": lambda: pivot("countdown-loops", {"L": "loops"}),
+    "countdown-orders": lambda: pivot("countdown-orders", {"order": "order"}),
+    "countdown-threshold": lambda: pivot("countdown-threshold", {"threshold": "threshold"}),
+    "countdown-looping": lambda: compare(runs("countdown-looping"), COUNTDOWN, "head + K x L + tail"),
+    "countdown-noise": lambda: noise([runs("countdown-looping")[3], runs("countdown-choices")[0]], (1, 2, 3, 4, 5)),
+    "countdown-adaptive": lambda: pivot("countdown-adaptive", {"model": model} | LIMIT),
+    "countdown-choices": lambda: choices("countdown-choices", COUNTDOWN),
+    "sudoku-summary": lambda: restarts("sudoku-cpu", "sudoku-restarts", (1, 20, 81), (64,)),
+    "countdown-summary": lambda: restarts("countdown-long", "countdown-restarts", (1, 8, 34), (64,)),
+    "sudoku-restarts": lambda: restarts("sudoku-cpu", "sudoku-restarts", (81,), TRIES),
+    "countdown-restarts": lambda: restarts("countdown-long", "countdown-restarts", (34,), TRIES),
+    "sudoku-restart-kinds": lambda: kinds("sudoku"),
+    "countdown-restart-kinds": lambda: kinds("countdown"),
+    "speed-training": lambda: speed("training step"),
+    "speed-sampling": lambda: speed("sampling"),
+    "history-choices": lambda: choices("sudoku-choices", CHOICES, removed=True),
+    "history-operands": lambda: compare(runs("countdown-top30"), SIZE | MINUTES | TESTS),
+}
+
+
+def filled(text):
+    """A text with today's tables below its marks."""
+    return re.sub(r"(<!-- table: (\S+) -->\n)(\|.*\n)*", lambda found: f"{found[1]}{TABLES[found[2]]()}\n", text)
+
+
+# ---- figures ----
+
+
+def draw_depth(plt):
+    """Accuracy on kaggle3m by layers x loops, and by loops a puzzle."""
+    keys = "layers", "loops", "steps", "coord_bias"
+    found = {tuple(seeds[0][key] for key in keys): seeds for seeds in depth()}
+
+    def points(*key):
+        """Loops a puzzle, mean score and half the range, at each T."""
+        for T in sorted(T for file, T in found[key][0]["at"] if file == "kaggle3m"):
+            rows = [model["at"]["kaggle3m", T] for model in found[key]]
+            share = [100 * row["exact"] for row in rows]
+            yield rows[0]["nfe"], sum(share) / len(share), (max(share) - min(share)) / 2
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    style, sizes = dict(marker="o", ms=4, lw=1.2, capsize=2), (1, 2, 4, 8)
+    for color, label, key in (
+        ("tab:blue", "1 layer, L loops", lambda n: (1, n, 3000)),
+        ("tab:orange", "K layers, no loops", lambda n: (n, 1, 3000)),
+    ):
+        _, *ends = zip(*([*points(*key(n), False)][-1] for n in sizes))
+        left.errorbar(sizes, *ends, color=color, label=label, **style)
+        end = [*points(*key(8), True)][-1]
+        star = style | dict(marker="*", ms=10, lw=0)
+        left.errorbar(8, *end[1:], color=color, label=f"{label}, with additions", **star)
+    for color, L in zip(plt.cm.viridis((0, 0.3, 0.6, 0.85)), sizes):
+        right.errorbar(*zip(*points(1, L, 3000, False)), color=color, label=f"{L} loop{'s' * (L > 1)} a step", **style)
+    right.errorbar(*zip(*points(1, 8, 3000, True)), color="tab:blue", ls="--", label="8, with additions", **style)
+    left.set(xscale="log", xlabel="layers x loops", ylabel="kaggle3m, exact, %", ylim=(-2, 80))
+    left.set_title("one token a step")
+    left.set_xticks(sizes, sizes)
+    left.minorticks_off()
+    right.set(xscale="log", xlabel="loops a puzzle, all steps together", title="1 layer, more and fewer steps")
+    for ax in (left, right):
+        ax.legend(frameon=False, fontsize=8, loc="upper left")
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-depth.png", dpi=130)
+
+
+def draw_recursion(plt):
+    """One denoising step of the shipped model on one puzzle, read off after every second loop."""
+    sys.path.insert(0, str(HERE.parent))
+    import torch
+
+    import rmdm
+    import train_sudoku
+
+    model = rmdm.load(HERE.parent / "weights" / "sudoku-small.pt")
+    x, L = torch.from_numpy(train_sudoku.parse(PUZZLE)).long()[None], model.config.loops
+    with torch.no_grad():
+        sure, digit = model(x, torch.ones(1), supervise="all")[:, 0].softmax(-1).max(-1)
+    blank = x[0] == rmdm.MASK
+    fig, axes = plt.subplots(2, 4, figsize=(11, 6))
+    for l, ax in zip(range(L // 8 - 1, L, L // 8), axes.flat):
+        ax.imshow(torch.where(blank, sure[l], math.nan).view(9, 9), cmap="YlGn", vmin=0.1, vmax=1.4)
+        for i in range(81):
+            final = dict(color="black" if digit[l, i] == digit[-1, i] else "crimson")
+            style = final if blank[i] else dict(color="gray", weight="bold")
+            ax.text(i % 9, i // 9, int(digit[l, i] if blank[i] else x[0, i]), ha="center", va="center", **style)
+        for k in (2.5, 5.5):
+            ax.axhline(k, color="black", lw=0.8), ax.axvline(k, color="black", lw=0.8)
+        certain = int((sure[l, blank] >= 0.9).sum())
+        ax.set(xticks=[], yticks=[], title=f"loop {l + 1}: {certain} of {int(blank.sum())} over 90%")
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-recursion.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for what in ("write", "check", "figures"):
+        parser.add_argument(f"--{what}", action="store_true")
+    args, paths = parser.parse_args(), (HERE / "README.md", HERE.parent / "README.md")
+    texts = {path: path.read_text() for path in paths}
+    if args.write:
+        for path, text in texts.items():
+            path.write_text(filled(text))
+    elif args.check:
+        missing = [name for name in TABLES if f"<!-- table: {name} -->" not in "".join(texts.values())]
+        wrong = [str(path) for path, text in texts.items() if filled(text) != text]
+        return f"not what the logs say: {wrong}; tables that no text shows: {missing}" if missing or wrong else 0
+    elif args.figures:
+        import matplotlib.pyplot as plt
+
+        draw_depth(plt)
+        draw_recursion(plt)
+    else:
+        for name, make in TABLES.items():
+            print(f"\n{name}\n\n{make()}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How fast is it? The Sudoku model beside its nearest relatives, in turns, so that a busy machine is unkind to all.
+
+    OMP_NUM_THREADS=1 python evidence/speed.py > evidence/logs/speed.jsonl      # two minutes of an idle CPU
+
+Prints JSON objects: medians of whole training steps, with what they keep for the backward pass, and of sampling.
+Times are CPU time, which others on the machine disturb less; on one thread of an idle machine that is time.
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import rmdm
+import train_sudoku
+
+
+class Plain(rmdm.RMDM):
+    """An ordinary transformer, layers x loops layers deep, with the same read-offs."""
+
+    def __init__(self, config):
+        super().__init__(replace(config, layers=config.layers * config.loops, loop_embedding=False, inject=False))
+
+    def states(self, x_t, t, loops, *_, **__):
+        h, K = self.encode(x_t, t), len(self.block) // loops
+        yield h
+        for l in range(loops):
+            for layer in self.block[K * l : K * (l + 1)]:
+                h = layer(h, self.same)
+            yield h
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's own layer in place of ours; without the attention bias."""
+
+    def __init__(self, width, heads, axes):
+        super().__init__(width, heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+
+    def forward(self, h, same):
+        return super().forward(h)
+
+
+def training_step(model, size, loops=None, grad_loops=0):
+    """A function that does a step as rmdm.train does, on random tokens."""
+    c, g, optimizers = model.config, torch.Generator().manual_seed(0), rmdm.make_optimizers(model, rmdm.TrainConfig())
+    x0 = torch.randint(1, c.vocab, (size, len(c.coords)), generator=g)
+    how = dict(editable=torch.ones_like(x0, dtype=torch.bool), loops=loops, grad_loops=grad_loops, generator=g)
+
+    def step():
+        rmdm.loss(model, x0, **how)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def kept(step):
+    """MiB that a training step keeps for its backward pass."""
+    sizes = {}
+
+    def pack(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        step()
+    return sum(sizes.values()) / 2**20
+
+
+def in_turns(rounds, jobs):
+    """{name: median seconds of CPU time}"""
+    seconds = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            began = time.process_time()
+            job()
+            seconds[name].append(time.process_time() - began)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def main():
+    print(json.dumps(dict(kind="about", torch=torch.__version__, threads=torch.get_num_threads())), flush=True)
+    preset, size = train_sudoku.PRESET[0], train_sudoku.PRESET[1].batch
+    model = rmdm.load(Path(__file__).parents[1] / "weights" / "sudoku-small.pt")
+    models = {f"{L} loops": rmdm.RMDM(replace(preset, loops=L)) for L in (8, 4, 16)}
+    models["8 layers of their own, no loops"] = Plain(replace(preset, loops=8))
+    rmdm.Layer = EncoderLayer
+    models["8 loops, torch's TransformerEncoderLayer"] = rmdm.RMDM(replace(preset, loops=8))
+    jobs = {name: training_step(model, size) for name, model in models.items()}
+    jobs["12 loops, the last 8 with gradient: the preset's mean"] = training_step(models["16 loops"], size, 12, 8)
+    memory = {name: kept(job) for name, job in jobs.items()}  # this warms up, too
+    times = in_turns(15, jobs)
+    for name, seconds in times.items():
+        row = {"model": name, "ms": 1000 * seconds, "of 8 loops": seconds / times["8 loops"], "MiB kept": memory[name]}
+        print(json.dumps({"kind": "training step"} | row), flush=True)
+    scores = {}
+    puzzles = train_sudoku.generate(128, 9)
+    hows = {f"T={T}": dict(steps=T) for T in (1, 20, 81)} | {"T=81, threshold=0.99": dict(steps=81, threshold=0.99)}
+
+    def solve(name):
+        scores[name] = train_sudoku.evaluate(model, *puzzles, **hows[name])
+
+    for name, seconds in in_turns(1, {name: partial(solve, name) for name in hows}).items():
+        score = {"exact, %": 100 * scores[name]["exact"], "loops a puzzle": scores[name]["nfe"]}
+        print(json.dumps({"kind": "sampling", "how": name, "puzzles/s": 128 / seconds} | score), flush=True)
+
+
+if __name__ == "__main__":
+    rmdm.run_script(main)
