@@ -299,8 +299,8 @@ class RMDM(nn.Module):
 # ---- 3. Loss ----
 
 def nelbo_weight(t):
-    """The weight of eq. (3): -alpha'_t / (1 - alpha_t), here 1/t."""
-    return -alpha_prime(t) / (1 - alpha(t))
+    """The weight of eq. (3): -alpha'_t / (1 - alpha_t), here 1/t; finite where rounding makes 1 - alpha_t zero."""
+    return -alpha_prime(t) / (1 - alpha(t)).clamp(min=2**-24)
 
 
 WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # eqs. (3) and (4)
@@ -587,7 +587,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
     """Train `model` in place; returns the averaged (EMA) model.
 
     batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device
-    evaluate(model)     -> dict of numbers for the log, called on the averaged model
+    evaluate(model)     -> dict of numbers for the log, called on the averaged model, at `eval_every` and at the end
     out                 a new folder for checkpoint.pt (to resume), model.pt (averaged weights), log.jsonl
     about               plain facts to keep, such as task, options and data
     resume              go on from the checkpoint in `out`; model, training and about must be as they were. On a CPU the
@@ -610,8 +610,10 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
     if resume:
         saved = read(path)
         try:
-            if changed := [key for key in settings if saved[key] != settings[key]]:
-                raise ValueError(f"begun with other settings: {', '.join(changed)}")
+            for part, new in settings.items():
+                for key in new | saved[part]:
+                    if saved[part].get(key) != new.get(key):
+                        raise ValueError(f"begun with {key}={saved[part].get(key)}, not {new.get(key)}")
             step = range(training.steps + 1)[saved["step"]]
             seconds, flops = saved["seconds"] + 0.0, saved["flops"] + 0
             model.load_state_dict(saved["model"])
@@ -626,7 +628,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
             raise BadInput(f"{path}: cannot go on from it ({' '.join(str(e).split())[:100]})") from e
     else:
         if out.exists() and any(out.iterdir()):
-            raise BadInput(f"{out} is in use: resume its run (resume=True, --resume) or choose another folder")
+            raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
         with torch.no_grad():  # one example: what cannot be trained is refused before there is a folder
             loss(model, *batch(1, torch.Generator(device)), **how)
         out.mkdir(parents=True, exist_ok=True)
@@ -722,6 +724,6 @@ def run_script(main):
     except (BadInput, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {str(e).splitlines()[0]}", file=sys.stderr) or 2)
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)

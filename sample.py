@@ -57,7 +57,7 @@ def read(task, arguments):
     elif os.path.isfile(text):
         where, text = text, Path(text).read_bytes()
     elif re.search(r"[A-Za-z/\\]", text):
-        raise BadInput(f"{text[:80]}: no such file")
+        raise BadInput(f"{text[:80]}: neither a problem nor a file")
     if where:
         try:
             text = text.decode("utf-8-sig")

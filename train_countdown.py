@@ -395,8 +395,8 @@ def main():
     device, N = rmdm.pick_device(args.device), len(COORDS[args.numbers])
     config, training = rmdm.override(args.set, *preset(args.numbers, args.paper))
     training = replace(training, seed=args.seed)
-    if args.problems < 1:
-        raise BadInput("--problems is at least 1")
+    if not 1 <= args.problems <= 10**9:
+        raise BadInput("--problems is from 1 to a billion")
     if args.data is not None:
         rows = list(itertools.islice(read_file(args.data), args.problems))
         problems, equations = (np.array(part) for part in (list(zip(*rows)) or [[], []])[:2])

@@ -358,8 +358,8 @@ def main():
     device = rmdm.pick_device(args.device)
     config, training = rmdm.override(args.set, *(PAPER if args.paper else PRESET))
     training, n = replace(training, seed=args.seed), args.puzzles + HELD_OUT
-    if args.puzzles < 1:
-        raise BadInput("--puzzles is at least 1")
+    if not 1 <= args.puzzles <= 10**9:
+        raise BadInput("--puzzles is from 1 to a billion")
     if args.data is not None:
         rows = list(itertools.islice(read_file(args.data), n))
         if len(rows) <= HELD_OUT or not all(solution.all() for _, solution, _ in rows):
@@ -368,11 +368,12 @@ def main():
     else:
         puzzles, solutions = generated(n, args.seed)
     seen, test = split(puzzles, solutions, HELD_OUT)
+    few = [part[:128] for part in test]
     x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
 
     def check(model):
         bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean().item()
-        return dict(nelbo=bound) | {f"exact_T{T}": evaluate(model, *test, steps=T)["exact"] for T in (1, 20)}
+        return dict(nelbo=bound) | {f"exact_T{T}": evaluate(model, *few, steps=T)["exact"] for T in (1, 20)}
 
     torch.manual_seed(args.seed)
     model = rmdm.RMDM(config).to(device)
