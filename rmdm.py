@@ -724,6 +724,7 @@ def run_script(main):
     except (BadInput, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
             raise
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {(str(e) or type(e).__name__).splitlines()[0]}", file=sys.stderr) or 2)
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        sys.exit(print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)
