@@ -4,22 +4,22 @@ A masked diffusion model fills in MASK tokens over T denoising steps. R-MDM appl
 transformer L times inside each step, so depth grows without parameters. It works on any sequence of discrete
 tokens of a fixed length. The file needs PyTorch and tqdm and can be copied alone.
 
-References
-    [R]  Recursive Scaling in Masked Diffusion Models, arXiv 2606.18022: eq. (2)
-    [L]  Looped Diffusion Language Models (LoopMDM), arXiv 2605.26106: eq. (7)
-    [S]  Scaling Beyond Masked Diffusion Language Models, arXiv 2602.15014: the simple objective, eq. (4)
-    [M]  Simplified and Generalized Masked Diffusion for Discrete Data, arXiv 2406.04329, and Simple and
-         Effective Masked Diffusion Language Models, arXiv 2406.07524: eqs. (1), (3) and ancestral (6)
-    [K]  Train for the Worst, Plan for the Best, arXiv 2502.06768: ordered (6), margin
-    [T]  truncated backpropagation through loops, with input injection: arXiv 2502.05171; TRM, arXiv 2510.04871
-    [J]  Muon, https://kellerjordan.github.io/posts/muon
+References, by arXiv number
+    2606.18022  Recursive Scaling in Masked Diffusion Models (R-MDM): eq. (2)
+    2605.26106  Looped Diffusion Language Models (LoopMDM): eq. (7)
+    2602.15014  Scaling Beyond Masked Diffusion Language Models: the simple objective, eq. (4)
+    2406.04329  Simplified and Generalized Masked Diffusion for Discrete Data, and
+    2406.07524  Simple and Effective Masked Diffusion Language Models: eqs. (1), (3) and ancestral (6)
+    2502.06768  Train for the Worst, Plan for the Best: ordered (6), margin
+    2502.05171, 2510.04871 (TRM)  truncated backpropagation through loops, with input injection
+    Muon, https://kellerjordan.github.io/posts/muon
 
 Map: the numbers (1) to (8) are this project's own; the README lists the equations.
-    1. Schedule and forward process    eqs. (1), (3)        alpha, alpha_prime, alpha_inverse, corrupt
-    2. Recursive transformer           eqs. (2), (5), (7)   Config, Layer, RMDM
+    1. Schedule and forward process    eq. (1)              alpha, alpha_prime, alpha_inverse, corrupt
+    2. Recursive transformer           eqs. (2), (7), and (8) in RMDM.states
     3. Loss                            eqs. (3) to (5)      loss, nelbo
     4. Sampler                         eqs. (6), (8)        sample, sample_all
-    5. Training and checkpoints                             TrainConfig, train, load
+    5. Training and checkpoints        (7): L drawn         TrainConfig, train, load
     6. What the scripts share                               override, run_script
 
 Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
@@ -110,7 +110,7 @@ class Config:
     tail_layers: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
     time: bool = False  # t enters f, eq. (2); off, since the number of MASKs tells t
     loop_embedding: bool = True  # v^l, eq. (2)
-    inject: bool = False  # ours: h^0 is added again at every loop [T]; carries more loops than were trained
+    inject: bool = False  # ours: h^0 is added again at every loop (prior art: 2502.05171); carries more loops
     coord_bias: bool = False  # ours: a relative position bias, see Layer; learns grids faster
 
     def __post_init__(self):
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         B, N, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, N, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.bias is None else (self.bias * same).sum(1).to(q.dtype)  # (heads, N, N)
-        if h.device.type == "cpu":  # for short sequences 1.1 to 1.7 times as fast as torch's kernel
+        if h.device.type == "cpu":  # for short sequences faster than torch's kernel
             a = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
             a = (a if bias is None else a + bias).softmax(-1) @ v
         else:
@@ -170,8 +170,9 @@ class RMDM(nn.Module):
 
     and of eq. (7): head layers end E, tail layers begin D. Only h carries information from loop to loop.
 
-    Our choices: t enters as sinusoids through a linear map, added to h^0 and again at every loop; LayerNorm; v^l
-    begins at 0, and beyond the trained loops the last one repeats; the initialization below."""
+    Our choices: t enters as sinusoids through a linear map, added to h^0 and, inside Norm, again at every loop, as is
+    h^0 with injection; LayerNorm; v^l begins at 0, and beyond the trained loops the last one repeats; the
+    initialization below."""
 
     def __init__(self, config):
         super().__init__()
@@ -199,7 +200,7 @@ class RMDM(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.5)  # token and three coordinates together: about 1
+                nn.init.normal_(m.weight, std=0.5)  # a token and a few coordinates together: about 1
         nn.init.zeros_(self.unembed.weight)  # start from equal probabilities
         if c.loop_embedding:
             nn.init.zeros_(self.v.weight)  # start with all loops alike
@@ -242,7 +243,7 @@ class RMDM(nn.Module):
                     h = h + self.v.weight[min(l, c.loops) - 1]  # h^{l-1} + v^l
                 if c.inject:
                     h = h + h0
-                h = self.loop_norm(h)  # Norm(h^{l-1} + v^l)
+                h = self.loop_norm(h)  # Norm(h^{l-1} + v^l), with what was added to it
                 for layer in self.block:
                     h = layer(h, self.same)  # h^l = f(.)
             go = yield h
@@ -323,7 +324,7 @@ def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0,
     objective    "elbo", eq. (3), or "simple", eq. (4), the same without the weight. Both are divided by the number of
                  editable tokens in the batch, so that one learning rate suits both
     supervise    eq. (5): the mean over "all" loops that carry gradient, or the "final" one
-    grad_loops   eq. (5): truncated backpropagation [T], only the last so many loops carry gradient; 0 = all do
+    grad_loops   eq. (5): truncated backpropagation, only the last so many loops carry gradient; 0 = all do
 
     model may be wrapped by torch (DistributedDataParallel, torch.compile). Raises BadInput as `corrupt`,
     `RMDM.encode` and `RMDM.forward` do."""
@@ -376,7 +377,7 @@ class Filled:
     x: torch.Tensor  # (B, N) the filled-in sequences
     passes: torch.Tensor  # (B,) passes used
     nfe: torch.Tensor  # (B,) loops, summed over the passes
-    trace: list  # if asked for, a dict a step: x (B, N), revealed (B, N) bool, sure (B, N) top probability, loops (B,)
+    trace: list  # if asked for, a dict for each step that ran: x (B, N), revealed (B, N) bool, sure (B, N), loops (B,)
     tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
 
 
@@ -389,7 +390,7 @@ def sample(
 
     editable     (B, N) bool, True = start from MASK and fill in; False never changes. Default: x == MASK
     order        "ancestral": the exact reverse process. Otherwise ceil(masked / steps left) tokens a step: by the
-                 highest top probability ("confidence"), the largest gap between the two likeliest ("margin") [K],
+                 highest top probability ("confidence"), the largest gap between the two likeliest ("margin"),
                  the lowest "entropy", or at "random". The last step reveals everything
     loops, eps   loops per step, or at most that many with the adaptive stop of `RMDM.infer`
     threshold    reveal besides, at every step, all whose top probability reaches it: steps then adapt
@@ -446,7 +447,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
 
     judge    judge(i, x) -> (n,) scores the answers x (n, N) to the problems i (n,): 1 is right, less is less so
     tries    at most so many. The first is without noise, so that it is what it would be alone
-    noise    of h^0 in the others: the largest that cost a single try little
+    noise    of h^0 in the others: 0.3 solved most within 16 tries, though it costs a single try much
 
     Returns Filled: each problem's best x, with the trace of that try as a list of its own steps; passes and nfe
     summed over the tries. Raises BadInput as `sample` does."""
@@ -482,7 +483,7 @@ class TrainConfig:
 
     steps: int = 4000
     batch: int = 32
-    muon: bool = True  # [J] for the matrices inside the layers: learns puzzles in half the steps of AdamW alone
+    muon: bool = True  # for the matrices inside the layers: in pilots puzzles were learned faster than with AdamW alone
     lr: float = 0.02  # of Muon
     lr_rest: float = 4e-3  # of AdamW: embeddings, norms, biases, D; without Muon all
     warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
@@ -490,7 +491,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or elbo, eq. (3)
-    supervise: str = "all"  # eq. (5), as [R] is said to do, or final
+    supervise: str = "all"  # eq. (5), as 2606.18022 is said to do, or final
     grad_loops: int = 0  # eq. (5): only the last so many loops carry gradient; 0 = all
     loops_min: int = 0  # from 1: the loop count is drawn from loops_min..loops at each step, eq. (7); 0 = always loops
     seed: int = 0
@@ -586,7 +587,7 @@ def load(path, device="cpu", task=None):
 def train(model, training, batch, evaluate, out, about=None, resume=False):
     """Train `model` in place; returns the averaged (EMA) model.
 
-    batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device
+    batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device; a new run tries one example
     evaluate(model)     -> dict of numbers for the log, called on the averaged model, at `eval_every` and at the end
     out                 a new folder for checkpoint.pt (to resume), model.pt (averaged weights), log.jsonl
     about               plain facts to keep, such as task, options and data
@@ -596,7 +597,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
     Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
     not finite, and what `loss` refuses."""
     device, out = next(model.parameters()).device, Path(out)
-    cuda, path = device.type == "cuda", Path(out) / "checkpoint.pt"
+    cuda, path = device.type == "cuda", out / "checkpoint.pt"
     try:  # through JSON: only plain numbers, strings and lists can be read back
         settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
         settings = json.loads(json.dumps(settings))

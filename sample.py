@@ -200,11 +200,12 @@ def main():
     device, task = rmdm.pick_device(args.device), TASKS[args.task]
     checkpoint = WEIGHTS / f"{args.task}-small.pt" if args.checkpoint is None else args.checkpoint
     model = rmdm.load(checkpoint, device, args.task)
-    if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", "0" if args.steps is None else args.steps):
+    args.steps = str(len(model.config.coords)) if args.steps is None else args.steps
+    if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", args.steps):
         raise BadInput(f"--steps is a number, or several with commas, not {args.steps[:40]!r}")
     if not 0 <= args.seed < 2**32:
         raise BadInput("--seed is from 0 to below 2**32")
-    steps = [int(T) for T in args.steps.split(",")] if args.steps is not None else [len(model.config.coords)]
+    steps = [int(T) for T in args.steps.split(",")]
     if not args.data:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
         args.tries = 32 if args.tries is None else args.tries
         args.threshold = 0.99 if args.threshold is None and args.order != "ancestral" else args.threshold

@@ -246,6 +246,17 @@ def kinds(task):
     return table(("kind", *(key.replace("_", " ") for key in shares), "loops a problem"), body)
 
 
+def unjudged():
+    """Of eight noisy tries without a checker, as evidence/restarts.py printed it, beside a first try without noise."""
+    body = []
+    for task in ("sudoku", "countdown"):
+        rows = {row["variant"]: row for row in lines(LOGS / f"restarts-{task}-seed0.jsonl")}
+        row = rows["without a checker"]
+        shares = (rows["noise 0.3"]["tries_1"], *(row[key] for key in ("one", "agreed", "likeliest", "any")))
+        body.append((task, row["n"], *(f"{100 * x:.1f}" for x in shares)))
+    return table(("task", "n", "one without noise", "one noisy", "most agree on", "model finds likeliest", "any"), body)
+
+
 MODELS = {  # what the logs call a model, and what it is
     "sudoku": "with additions",
     "k1l8": "plain form",
@@ -305,6 +316,7 @@ TABLES = {
     "countdown-restarts": lambda: restarts("countdown-long", "countdown-restarts", (34,), TRIES),
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
     "countdown-restart-kinds": lambda: kinds("countdown"),
+    "restarts-unjudged": unjudged,
     "speed-training": lambda: speed("training step"),
     "speed-sampling": lambda: speed("sampling"),
     "history-choices": lambda: choices("sudoku-choices", CHOICES, removed=True),
