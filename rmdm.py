@@ -161,6 +161,13 @@ class Layer(nn.Module):
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
+def autocast(device):
+    """A context in which torch multiplies matrices in bfloat16, where the hardware does so faster: CUDA, AVX512-BF16.
+    Without torch's cache: a cast first made in a loop without gradient would be used in the others (torch <= 2.9)."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
+
+
 class RMDM(nn.Module):
     """The denoiser p_theta(x0 | x_t) of eq. (2):
 
@@ -221,26 +228,29 @@ class RMDM(nn.Module):
             h = layer(h, self.same)
         return h
 
-    def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None):
+    def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None, carried=None):
         """The recursion, eq. (2): a generator of h^0, h^1, .., h^loops, each (B, N, d).
 
         grad_loops > 0: only the last so many loops carry gradient, eq. (5). noise > 0: h^0 has Gaussian noise of
-        this size, eq. (8). What is sent in, a bool (B,), says which examples go on."""
+        this size, eq. (8). carried: h (B, N, d) and l (B,) to go on from h^l where l > 0. What is sent in, a bool (B,),
+        says which examples go on."""
         c = self.config
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
             h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
-        h = h0
+        h, first = h0, torch.zeros_like(x_t[:, 0])
+        if carried is not None:
+            h, first = torch.where((carried[1] > 0)[:, None, None], carried[0], h0), carried[1]
         go = yield h
         for l in range(1, loops + 1):
             if go is not None:
-                h, h0, t = h[go], h0[go], t[go]
+                h, h0, t, first = h[go], h0[go], t[go], first[go]
             grad = torch.is_grad_enabled() and (not grad_loops or l > loops - grad_loops)
             with torch.set_grad_enabled(grad):
                 if c.time:
                     h = h + self.embed_time(t)
                 if c.loop_embedding:
-                    h = h + self.v.weight[min(l, c.loops) - 1]  # h^{l-1} + v^l
+                    h = h + self.v((first + l).clamp(max=c.loops) - 1)[:, None]  # h^{l-1} + v^l
                 if c.inject:
                     h = h + h0
                 h = self.loop_norm(h)  # Norm(h^{l-1} + v^l), with what was added to it
@@ -254,17 +264,17 @@ class RMDM(nn.Module):
             h = layer(h, self.same)
         return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
-    def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0):
-        """Logits (R, B, N, V): after the final loop, R = 1, or, with supervise="all", after each that carries
-        gradient, which without grad_loops is each of `loops` (default: as trained).
+    def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0, carried=None):
+        """Logits (R, B, N, V) after the final loop, R = 1, or, with supervise="all", after each that carries
+        gradient, which without grad_loops is each of `loops` (default: as trained); and the final h (B, N, d).
 
         Raises BadInput for loops without gradient in a model without injection: E would get none."""
         loops = loops or self.config.loops
-        if 0 < grad_loops < loops and not self.config.inject:
+        if (carried or 0 < grad_loops < loops) and not self.config.inject:
             raise BadInput(f"grad_loops={grad_loops} of {loops} loops needs inject=true, or E gets no gradient")
-        states = list(self.states(x_t, t, loops, grad_loops))[1:]
+        states = list(self.states(x_t, t, loops, grad_loops, carried=carried))[1:]
         read_at = {"all": states[-grad_loops:], "final": states[-1:]}[supervise]  # (5)
-        return self.decode(torch.cat(read_at)).view(len(read_at), *x_t.shape, -1)
+        return self.decode(torch.cat(read_at)).view(len(read_at), *x_t.shape, -1), states[-1]
 
     def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None):
         """For sampling: logits (B, N, V) of the last loop, and the loops used (B,).
@@ -307,32 +317,47 @@ def nelbo_weight(t):
 WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # eqs. (3) and (4)
 
 
-def masked_ce(model, x0, editable, t, generator=None, **how):
-    """Mask x0 at times t (B,) and take -log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats, R and `how`
-    as in RMDM.forward. Also returns the share of masked tokens that the last loop gets right."""
-    x_t, masked = corrupt(x0, t, editable, generator)
-    logits = model(x_t, t, **how).float()
+def masked_ce(model, x0, x_t, masked, t, **how):
+    """-log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats, R and `how` as in RMDM.forward. Also whether the
+    last loop is right there, (B, N) bool, and the final h."""
+    logits, h = model(x_t, t, **how)
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
-    ce = F.cross_entropy(logits.flatten(0, 2), target.repeat(len(logits), 1).flatten(), reduction="none")
-    right = (logits[-1].argmax(-1) == target).sum() / masked.sum().clamp(min=1)
-    return ce.view(logits.shape[:3]), right
+    ce = F.cross_entropy(logits.flatten(0, 2).float(), target.repeat(len(logits), 1).flatten(), reduction="none")
+    return ce.view(logits.shape[:3]), logits[-1].argmax(-1) == target, h.detach()
 
 
-def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None):
+def loss(
+    model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None, carried=None
+):
     """Training loss, in nats per editable token, and the share of masked tokens that the last loop gets right.
 
     objective    "elbo", eq. (3), or "simple", eq. (4), the same without the weight. Both are divided by the number of
                  editable tokens in the batch, so that one learning rate suits both
     supervise    eq. (5): the mean over "all" loops that carry gradient, or the "final" one
-    grad_loops   eq. (5): truncated backpropagation, only the last so many loops carry gradient; 0 = all do
+    grad_loops   eq. (5): truncated backpropagation, only the last M = `grad_loops` carry gradient; 0 = all do
+    carried      a dict, empty at first and the same at every call: truncated backpropagation over calls. An example
+                 stays, with its h, for M loops a call, until the last of them is right or it has had `loops`, and
+                 only then makes room for one of x0. What is hard gets most of the loops (ours; prior art: TRM)
 
     model may be wrapped by torch (DistributedDataParallel, torch.compile). Raises BadInput as `corrupt`,
     `RMDM.encode` and `RMDM.forward` do."""
     t = sample_t(len(x0), generator, x0.device)
-    how = dict(loops=loops, supervise=supervise, grad_loops=grad_loops)
-    ce, right = masked_ce(model, x0, editable, t, generator, **how)
-    ce = ce * WEIGHTS[objective](t)[:, None]  # (3) or (4)
-    return ce.sum((1, 2)).mean() / editable.sum().clamp(min=1), right  # the mean is over loops, (5)
+    x_t, masked = corrupt(x0, t, editable, generator)
+    now = dict(x0=x0, editable=editable, x_t=x_t, masked=masked, t=t)
+    how = dict(loops=loops if carried is None else grad_loops, supervise=supervise, grad_loops=grad_loops)
+    if carried:  # from the second call on
+        for key, new in now.items():
+            stays = (carried["l"] > 0).view(-1, *[1] * (new.ndim - 1))
+            now[key] = torch.where(stays, carried[key], new)
+        how["carried"] = carried["h"], carried["l"]
+    ce, right, h = masked_ce(model, *(now[key] for key in ("x0", "x_t", "masked", "t")), **how)
+    if carried is not None:
+        l = carried.get("l", 0) + how["loops"]
+        done = (right | ~now["masked"]).all(1) | (l >= loops)
+        carried.update(now, h=h, l=torch.where(done, 0, l))
+    ce = ce * WEIGHTS[objective](now["t"])[:, None]  # (3) or (4)
+    value = ce.sum((1, 2)).mean() / now["editable"].sum().clamp(min=1)  # the mean is over loops, (5)
+    return value, right.sum() / now["masked"].sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -340,7 +365,7 @@ def nelbo(model, x0, editable, loops=None, generator=None):
     """One unbiased estimate of the NELBO, eq. (3), for each example: (B,) nats, final loop. Its mean bounds
     the mean of -log p(x0 at the editable positions | the others) from above."""
     t = sample_t(len(x0), generator, x0.device)
-    ce, _ = masked_ce(model, x0, editable, t, generator, loops=loops)
+    ce, _, _ = masked_ce(model, x0, *corrupt(x0, t, editable, generator), t, loops=loops)
     return nelbo_weight(t) * ce[0].sum(1)
 
 
@@ -376,9 +401,19 @@ class Filled:
 
     x: torch.Tensor  # (B, N) the filled-in sequences
     passes: torch.Tensor  # (B,) passes used
-    nfe: torch.Tensor  # (B,) loops, summed over the passes
+    nfe: torch.Tensor  # (B,) loops, summed over the passes; from `sample_all` (B, tries), those of each try
     trace: list  # if asked for, a dict for each step that ran: x (B, N), revealed (B, N) bool, sure (B, N), loops (B,)
     tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
+
+    def scores(self, right):
+        """What restarts are worth if `right` (B,) bool are solved: `first`, the share solved at the first try; the mean
+        `tries` and `nfe`; and the share solved `within_n` tries, n = 1, 2, 4, .., with their mean loops, `nfe_n`."""
+        right, nfe = torch.as_tensor(right, device=self.tries.device), self.nfe.double().mean(0).cumsum(0).tolist()
+        shares = {n: (right & (self.tries <= n)).double().mean().item() for n in range(1, len(nfe) + 1)}
+        found = dict(first=shares[1], tries=self.tries.double().mean().item(), nfe=nfe[-1])
+        for n in (2**k for k in range(len(nfe).bit_length())):
+            found |= {f"within_{n}": shares[n], f"nfe_{n}": nfe[n - 1]}
+        return found
 
 
 @torch.no_grad()
@@ -449,23 +484,24 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
     tries    at most so many. The first is without noise, so that it is what it would be alone
     noise    of h^0 in the others: 0.3 solved most within 16 tries, though it costs a single try much
 
-    Returns Filled: each problem's best x, with the trace of that try as a list of its own steps; passes and nfe
-    summed over the tries. Raises BadInput as `sample` does."""
+    Returns Filled: each problem's best x, with the trace of that try as a list of its own steps; passes are summed
+    over the tries. Raises BadInput as `sample` does."""
     if tries < 1 or not noise >= 0:
         raise BadInput("tries is at least 1, noise at least 0")
     editable = x == MASK if editable is None else editable
     todo, best = torch.arange(len(x), device=x.device), x.new_full(x.shape[:1], -1, dtype=torch.float64)
-    passes, nfe, count = (torch.zeros_like(x[:, 0]) for _ in range(3))
+    passes, count, nfe = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), x.new_zeros(len(x), tries)
     answer, traces = x.clone(), [[] for _ in x]
     for k in range(tries):
         for i in todo.split(batch):
-            out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
+            with autocast(x.device):
+                out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
             score = torch.ones(len(i)) if judge is None else torch.as_tensor(judge(i, out.x))
             score = score.to(best)  # its device and type
             better = score > best[i]
             best[i] = score.maximum(best[i])
             answer[i[better]] = out.x[better]
-            passes[i], nfe[i], count[i] = passes[i] + out.passes, nfe[i] + out.nfe, k + 1
+            passes[i], nfe[i, k], count[i] = passes[i] + out.passes, out.nfe, k + 1
             for row in better.nonzero()[:, 0].tolist() if trace else ():
                 steps = [{key: value[row] for key, value in step.items()} for step in out.trace]
                 traces[i[row]] = [step for step in steps if step["loops"]]
@@ -493,6 +529,7 @@ class TrainConfig:
     objective: str = "simple"  # eq. (4), or elbo, eq. (3)
     supervise: str = "all"  # eq. (5), as 2606.18022 is said to do, or final
     grad_loops: int = 0  # eq. (5): only the last so many loops carry gradient; 0 = all
+    carry: int = 0  # ours, see `loss`: examples stay, grad_loops more loops a step, until right or so many loops old
     loops_min: int = 0  # from 1: the loop count is drawn from loops_min..loops at each step, eq. (7); 0 = always loops
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
@@ -506,6 +543,8 @@ class TrainConfig:
             raise BadInput("loops_min and grad_loops are at least 0, ema from 0 to below 1, seed from 0 to below 2**32")
         if not (0 < self.lr < 1e3 and 0 < self.lr_rest < 1e3 and self.clip > 0 and self.weight_decay >= 0):
             raise BadInput("lr and lr_rest are above 0 and below 1000, clip above 0, weight_decay at least 0")
+        if self.carry and not 0 < self.grad_loops <= self.carry:
+            raise BadInput("carry needs grad_loops, the loops of one step, and is at least as many")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
 
@@ -607,7 +646,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
-    step, seconds, flops = 0, 0.0, 0
+    step, seconds, flops, carried = 0, 0.0, 0, {} if training.carry else None
     if resume:
         saved = read(path)
         try:
@@ -625,6 +664,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
                     if {v.shape for v in optimizer.state[w].values() if v.ndim} != {w.shape}:
                         raise ValueError("the state of another optimizer")
             generator.set_state(saved["rng"])
+            carried = saved["carried"] and {key: x.to(device) for key, x in saved["carried"].items()}
         except Exception as e:  # a stranger's numbers can be anything
             raise BadInput(f"{path}: cannot go on from it ({' '.join(str(e).split())[:100]})") from e
     else:
@@ -641,7 +681,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
         slim = settings | dict(step=step, seconds=seconds, flops=flops, ema=ema.state_dict())
         if step == training.steps:  # first, since with the checkpoint the run counts as finished
             save(out / "model.pt", slim)
-        states = dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state())
+        states = dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state(), carried=carried)
         save(path, slim | states | dict(model=model.state_dict()))
 
     if not resume:
@@ -659,13 +699,12 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
     with log, tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
         for step in bar:
             scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
-            loops = model.config.loops
+            loops = training.carry or model.config.loops
             if 0 < training.loops_min < loops:
                 loops = int(torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(training.batch, generator)
-            # no cache: a cast first made in a loop without gradient would be used in the others (torch <= 2.9)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda, cache_enabled=False):
-                value, right = loss(model, x0, editable, loops=loops, generator=generator, **how)
+            with autocast(device):
+                value, right = loss(model, x0, editable, loops=loops, generator=generator, carried=carried, **how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             for optimizer, peak in optimizers:
@@ -678,7 +717,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
                     average.lerp_(w, 1 - decay)
             back = min(training.grad_loops or loops, loops)  # loops without gradient go forward only
             reads = back if training.supervise == "all" else 1
-            flops += len(x0) * (model.flops(loops, reads) + 2 * model.flops(back, reads))
+            flops += len(x0) * (model.flops(back if training.carry else loops, reads) + 2 * model.flops(back, reads))
             recent.append(torch.stack([value.detach(), right, norm]))
             last = step == training.steps
             evaluating, saving = last or step % training.eval_every == 0, last or step % training.save_every == 0

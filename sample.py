@@ -85,7 +85,7 @@ def side_by_side(*blocks):
 def show_loops(task, model, x, editable, loops):
     """What the first denoising step would answer if it were read off after fewer loops."""
     everything_masked = torch.ones(1, device=x.device)  # t = 1
-    p = model(x[None], everything_masked, loops, "all")[:, 0].softmax(-1).cpu()  # (L, N, V)
+    p = model(x[None], everything_masked, loops, "all")[0][:, 0].softmax(-1).cpu()  # (L, N, V)
     (sure, token), x, editable = p.max(-1), x.tolist(), editable.cpu()
     print(f"the first step, read off loop by loop ({task.CHARS[MASK]} where nothing reaches 50%):\n")
     blocks, every = [], -(-loops // 9)  # at most nine pictures, the last loop's among them
@@ -140,7 +140,7 @@ def solve(task, model, problems, show, **how):
             verdict = f"{paint('right', GREEN)}, checked by the rules"
             if wrong:
                 verdict = f"{paint('not solved', RED)}: {wrong}"
-            print(f"{verdict} (try {out.tries[n]}, {out.passes[n]} steps, {out.nfe[n]} loops)\n")
+            print(f"{verdict} (try {out.tries[n]}, {out.passes[n]} steps, {out.nfe[n].sum()} loops)\n")
     print(f"{right} of {len(problems)} right, {time.perf_counter() - began:.2f} s")
     return right == len(problems)
 

@@ -97,10 +97,10 @@ class Perfect(nn.Module):
         agree = ((x_t[:, None] == states) | (x_t[:, None] == MASK)).all(2)  # (B, 8)
         joint = agree * PROBS
         p = torch.stack([(joint[:, :, None] * (states == v)).sum(1) for v in (1, 2)], 2)  # (B, 3, 2)
-        return F.pad((p / p.sum(2, keepdim=True)).log(), (1, 0), value=-math.inf)[None]
+        return F.pad((p / p.sum(2, keepdim=True)).log(), (1, 0), value=-math.inf)[None], joint
 
     def infer(self, x_t, t, *how):
-        return self(x_t, t)[0], torch.ones(len(x_t), dtype=torch.long)
+        return self(x_t, t)[0][0], torch.ones(len(x_t), dtype=torch.long)
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def exact_nelbo(model, x0, inverse):
     for masked in itertools.product((False, True), repeat=n):
         if m := sum(masked):
             hide = torch.tensor(masked)
-            log_p = model(torch.where(hide, MASK, x0).expand(len(t), n), t)[0].log_softmax(-1)
+            log_p = model(torch.where(hide, MASK, x0).expand(len(t), n), t)[0][0].log_softmax(-1)
             nll = -log_p[:, torch.arange(n), x0][:, hide].sum(1)
             total += (weights * u ** (m - 1) * (1 - u) ** (n - m) * nll).sum().item()
     return total
@@ -217,6 +217,32 @@ def test_loss_and_gradients_by_hand(objective, supervise, grad_loops):
     assert grads["v.weight"].any(1).tolist() == [l > L - back for l in range(1, L + 1)]
 
 
+def test_carried_examples_stay_with_their_state_until_right_or_spent():
+    model, carried, g = tiny(**OURS, loops=6), {}, generator()
+    editable, ages = torch.ones(32, 3, dtype=torch.bool), []
+    for call in range(8):
+        before = dict(carried)
+        x0 = torch.randint(1, 4, (32, 3), generator=g)
+        model.zero_grad()
+        value, _ = rmdm.loss(model, x0, editable, grad_loops=2, loops=6, generator=g, carried=carried)
+        value.backward()
+        x_t, l, now = carried["x_t"], carried["l"], carried["x0"]
+        stayed = before["l"] > 0 if before else torch.zeros(32, dtype=torch.bool)
+        assert torch.equal(now, torch.where(stayed[:, None], before.get("x0", now), x0))
+        assert not before or torch.equal(x_t[stayed], before["x_t"][stayed]) and stayed.any() and not stayed.all()
+        ages.append(torch.where(stayed, before.get("l", l), 0) + 2)
+        for b in range(32):  # each alone, from h^0 on where it is new, and from the state that was kept where it is not
+            start = (before["h"][b : b + 1], before["l"][b : b + 1]) if stayed[b] else None
+            logits, h = model(x_t[b : b + 1], carried["t"][b : b + 1], loops=2, supervise="all", carried=start)
+            right = ((logits[-1, 0].argmax(-1) == now[b]) | ~carried["masked"][b]).all()
+            assert l[b] == (0 if right or ages[-1][b] >= 6 else ages[-1][b])
+            assert torch.allclose(h[0], carried["h"][b], atol=1e-4) and not carried["h"].requires_grad
+            ce = F.cross_entropy(logits[:, 0].transpose(1, 2), now[b].expand(2, 3), reduction="none").mean(0)
+            value = value - ce[carried["masked"][b]].sum() / 96
+        assert abs(value.item()) < 1e-5 and all(w.grad is not None for w in model.parameters())
+    assert {2, 4, 6} == set(torch.cat(ages).tolist())
+
+
 def test_what_is_given_or_not_masked_costs_nothing():
     model, x0 = tiny(), torch.tensor([[1, 2, MASK]] * 4)  # a MASK that is given is no mistake
     for editable in (torch.tensor([[True, True, False]] * 4), torch.zeros(4, 3, dtype=torch.bool)):
@@ -232,9 +258,13 @@ def test_the_recursion_by_hand(form):
     m = tiny(**form)
     states = unroll(m, X, T, 5)  # two loops more than it was made for
     expected = torch.stack([read_off(m, h) for h in states[1:]])
-    everything, last = m(X, T, loops=5, supervise="all"), m(X, T, loops=5)
+    (everything, _), (last, h) = m(X, T, loops=5, supervise="all"), m(X, T, loops=5)
     assert torch.allclose(everything, expected, atol=1e-4) and torch.allclose(last[0], expected[4], atol=1e-4)
-    assert torch.allclose(m(X, T)[0], expected[2], atol=1e-4) and (last.softmax(-1)[..., MASK] == 0).all()
+    assert torch.allclose(m(X, T)[0][0], expected[2], atol=1e-4) and (last.softmax(-1)[..., MASK] == 0).all()
+    if m.config.inject:  # the first begins anew, the others go on from h^2
+        carried = torch.stack([states[1][0], states[2][1], states[2][2]]), torch.tensor([0, 2, 2])
+        later, on = m(X, T, loops=3, carried=carried)
+        assert torch.allclose(on[1:], h[1:], atol=1e-4) and torch.allclose(later[0, 0], expected[2, 0], atol=1e-4)
     assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(m.states(X, T, 5), states, strict=True))
     logits, used = m.infer(X, T, 5)
     assert torch.allclose(logits, expected[4], atol=1e-4) and used.tolist() == [5] * 3
@@ -444,14 +474,20 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch
         assert answers[0] == alone.x[n].tolist() and noises == (0, 2, 2, 2)[: len(tries)]
         assert max(scores[:-1], default=0) < 1 and (scores[-1] == 1 or len(tries) == 4)
         assert out.x[n].tolist() == answers[scores.index(max(scores))] == out.trace[n][-1]["x"].tolist()
-        assert (out.tries[n], out.passes[n], out.nfe[n]) == (len(tries), sum(passes), sum(nfe))
+        assert (out.tries[n], out.passes[n]) == (len(tries), sum(passes))
+        assert out.nfe[n].tolist() == [*nfe, *[0] * (4 - len(tries))]
     assert set(out.tries.tolist()) == {1, 2, 3, 4}
+    right, scores = out.x.sum(1) % 4 == 3, out.scores(out.x.sum(1) % 4 == 3)
+    assert scores["first"] == scores["within_1"] == pytest.approx((right & (out.tries == 1)).double().mean())
+    assert scores["within_2"] == pytest.approx((right & (out.tries <= 2)).double().mean())
+    assert scores["nfe_2"] == pytest.approx(out.nfe[:, :2].sum() / 99) and "within_3" not in scores
+    assert scores["within_4"] == pytest.approx(right.double().mean()) and scores["nfe"] == scores["nfe_4"]
     again, other = (rmdm.sample_all(model, x, **how | dict(generator=generator(seed))) for seed in (1, 2))
     assert torch.equal(out.x, again.x) and torch.equal(out.nfe, again.nfe) and not torch.equal(out.x, other.x)
     still = rmdm.sample_all(model, x, **how | dict(noise=0.0))
     assert torch.equal(still.x, alone.x) and set(still.tries.tolist()) == {1, 4}
     once = rmdm.sample_all(model, x, steps=3, batch=7)  # without a judge there is one try
-    assert torch.equal(once.x, alone.x) and torch.equal(once.nfe, alone.nfe) and (once.tries == 1).all()
+    assert torch.equal(once.x, alone.x) and torch.equal(once.nfe[:, 0], alone.nfe) and (once.tries == 1).all()
 
 
 # ---- 5. Sudoku ----
@@ -731,10 +767,10 @@ def same(a, b):
     return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_resumed_run_ends_bit_identical(tmp_path, kept):
+@pytest.mark.parametrize("kept, loops", [(True, dict(loops_min=1)), (False, dict(carry=3))])
+def test_a_resumed_run_ends_bit_identical(tmp_path, kept, loops):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run = functools.partial(fit, steps=24, warmup=5, loops_min=1, grad_loops=1, about={"task": "toy"})
+    run = functools.partial(fit, steps=24, warmup=5, grad_loops=1, about={"task": "toy"}, **loops)
     run(whole, model=tiny(inject=True))
     with pytest.raises(KeyboardInterrupt):  # Ctrl-C in the middle of step 13
         run(cut, at_call(13, lambda: signal.raise_signal(signal.SIGINT)), model=tiny(inject=True))
@@ -803,6 +839,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("loops_min, how, expected", [
     (2, dict(grad_loops=2), {2, 3, 4}), (9, dict(grad_loops=9), {4}), (0, dict(supervise="final"), {4}),
+    (0, dict(carry=6, grad_loops=2), {2}),
 ])  # fmt: skip
 def test_loops_are_drawn_and_their_cost_is_counted(tmp_path, loops_min, how, expected):
     """The FLOPs in the log are those that torch counts, and the loops those of loops_min."""
@@ -912,7 +949,7 @@ def test_cuda(tmp_path):
         g = torch.Generator("cuda").manual_seed(0)
         out = rmdm.sample_all(model, x, judge=lambda i, x: x.eq(3).all(1), tries=3, steps=3, order=order, generator=g)
         assert (out.x > 0).all() and (out.x[:, 2] == 3).all() and out.nfe.min() > 0
-    logits = model(x, torch.ones(9, device="cuda")).cpu()[..., 1:]
+    logits = model(x, torch.ones(9, device="cuda"))[0].cpu()[..., 1:]
     assert torch.allclose(rmdm.load(tmp_path)(x.cpu(), torch.ones(9))[..., 1:], logits, atol=0.02)
 
 

@@ -346,19 +346,12 @@ def score(problems, x):
 
 def evaluate(model, problems, equations=None, **how):
     """Solve problems (P, n+1) with rmdm.sample_all(**how) and check the answers. Returns a dict of means: `solved`;
-    `first`, solved at the first try; `tries`; `nfe`, loops; and n and `seconds` in all. `equations` are not used:
-    any solution counts."""
+    those of Filled.scores; and n and `seconds` in all. `equations` are not used: any solution counts."""
     began = time.perf_counter()
     out = rmdm.sample_all(model, *start(model, problems), lambda i, x: score(problems[i.tolist()], x), **how)
-    solved, tries = score(problems, out.x), out.tries.cpu().numpy()
-    return dict(
-        n=len(problems),
-        solved=solved.mean().item(),
-        first=(solved * (tries == 1)).mean().item(),
-        tries=tries.mean().item(),
-        nfe=out.nfe.double().mean().item(),
-        seconds=time.perf_counter() - began,
-    )
+    solved = score(problems, out.x)
+    scores = out.scores(solved == 1)
+    return dict(n=len(problems), solved=solved.mean().item(), **scores, seconds=time.perf_counter() - began)
 
 
 # ---- 6. The command ----

@@ -39,7 +39,7 @@ def by_noise(model, x0, editable):
     for share in SHARES:
         t = rmdm.alpha_inverse(torch.full((len(x0),), 1 - share, device=x0.device))
         generator = torch.Generator(x0.device).manual_seed(0)
-        ce, _ = rmdm.masked_ce(model, x0, editable, t, generator, supervise="all")
+        ce, _, _ = rmdm.masked_ce(model, x0, *rmdm.corrupt(x0, t, editable, generator), t, supervise="all")
         nats[share] = (ce.sum((1, 2)) / (share * editable.sum())).tolist()
     return nats
 

@@ -21,14 +21,17 @@ TRIES = 16
 
 
 class OtherNoise(rmdm.RMDM):
-    """Noise in other places: before the first loop only (h^0 is injected without it), or before every loop."""
+    """Noise in other places: before the first loop only (h^0 is injected without it), before every loop, or on h^0 but
+    drawn once a try, the same for all problems."""
 
     def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None):
         c, h0 = self.config, self.encode(x_t, t)
+        if self.place == "once":
+            h0 = h0 + noise * self.drawn
         h = h0
         yield h
         for l in range(1, loops + 1):
-            if noise and (l == 1 or self.every):
+            if noise and (l == 1 and self.place == "first" or self.place == "every"):
                 h = h + noise * torch.randn(h.shape, generator=generator)
             h = self.loop_norm(h + self.v.weight[min(l, c.loops) - 1] + h0)
             for layer in self.block:
@@ -36,20 +39,25 @@ class OtherNoise(rmdm.RMDM):
             yield h
 
 
-VARIANTS = {  # what differs from noise 0.3 on h^0, drawn at every step, confidence order, threshold 0.99
+VARIANTS = {  # what differs from noise 0.3 on h^0, drawn at every step, confidence order, threshold 0.99; k: the try
     "noise 0.3": {},
     "noise 0.15": dict(noise=0.15), "noise 0.2": dict(noise=0.2),
     "noise 0.45": dict(noise=0.45), "noise 1": dict(noise=1.0),
-    "first loop only, 1": dict(every=False, noise=1.0), "every loop, 0.1": dict(every=True, noise=0.1),
+    "noise 0.05 k": dict(noise=lambda k: 0.05 * k),
+    "first loop only, 1": dict(place="first", noise=1.0), "every loop, 0.1": dict(place="every", noise=0.1),
+    "drawn once a try": dict(place="once"), "drawn once a try, 1": dict(place="once", noise=1.0),
     "threshold 0.9": dict(threshold=0.9), "threshold 0.97": dict(threshold=0.97),
-    "threshold 0.999": dict(threshold=0.999),
-    "no threshold": dict(threshold=None), "20 steps": dict(steps=20),
-    "half the loops": dict(loops=0.5), "1.5 times the loops": dict(loops=1.5), "twice the loops": dict(loops=2),
-    "eps 0.1": dict(eps=0.1),
+    "threshold 0.999": dict(threshold=0.999), "no threshold": dict(threshold=None),
+    "first try without threshold": dict(threshold=lambda k: 0.99 if k else None),
+    "20 steps": dict(steps=20), "5 steps": dict(steps=5),
+    "half the loops": dict(loops=0.5), "twice the loops": dict(loops=2), "four times the loops": dict(loops=4),
+    "twice the loops, eps 0.1": dict(loops=2, eps=0.1),
     "temperature 1, no noise": dict(noise=0.0, temperature=1.0),
     "random order, temperature 1, no noise": dict(noise=0.0, temperature=1.0, order="random"),
     "random order, noise 0.3": dict(order="random"),
-    "random symmetry, no noise": dict(noise=0.0, symmetry=True),
+    "random symmetry, no noise": dict(noise=0.0, again="symmetry"),
+    "random symmetry, noise 0.2": dict(noise=0.2, again="symmetry"),
+    "remask units in conflict": dict(again="remask"),
 }  # fmt: skip
 
 
@@ -66,17 +74,34 @@ def problems(task):
     return found[np.isin(found[:, 3], train_countdown.held_out_targets(3))][:256]
 
 
-def with_symmetry(model, puzzles, tries, generator, **how):
-    """Restarts of Sudoku with a random symmetry for each try in place of noise: tries and loops used (n,), and whether
-    it was solved. A symmetric picture is solved where the puzzle is, so no answer is turned back."""
-    used, nfe, solved = (torch.zeros(len(puzzles), dtype=torch.long) for _ in range(3))
-    for k in range(tries):
-        i = (solved == 0).nonzero()[:, 0]
-        x = puzzles[i] if k == 0 else train_sudoku.augment(puzzles[i][None], generator)[0]
-        out = rmdm.sample_all(model, x, generator=generator, **how)
-        solved[i] = torch.from_numpy(train_sudoku.accept(x.numpy(), out.x.numpy())).long()
-        used[i], nfe[i] = k + 1, nfe[i] + out.nfe
-    return used, nfe, solved.numpy() > 0
+def restart(task, model, given, generator, again=None, place=None, **how):
+    """rmdm.sample_all, but with settings that are functions of the try k: the try that solved each problem (n,), 0 if
+    none did, and the loops of each try (n, TRIES).
+
+    again: "symmetry" gives each further try a random symmetric picture of the puzzle, which is solved where the puzzle
+    is; "remask" keeps the last answer but for the units in which a digit is missing, which are masked again."""
+    x, editable = task.start(model, given)
+    solved, nfe = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), TRIES)
+    model.__class__, model.place = (OtherNoise if place else rmdm.RMDM), place
+    for k in range(TRIES):
+        now = {name: value(k) if callable(value) else value for name, value in how.items()}
+        now["noise"] = now["noise"] if k else 0.0
+        model.drawn = torch.randn(x.shape[1], model.config.width, generator=generator)
+        for i in (solved == 0).nonzero()[:, 0].split(128):
+            problem = given[i.numpy()]
+            if again == "symmetry" and k:
+                problem = train_sudoku.augment(x[i][None], generator)[0].numpy()
+            begin, free = task.start(model, problem) if again != "remask" or not k else (x[i], editable[i])
+            with rmdm.autocast(x.device):
+                out = rmdm.sample(model, begin, free, generator=generator, **now)
+            nfe[i, k], right = out.nfe.float(), torch.from_numpy(task.score(problem, out.x) == 1)
+            solved[i[right]] = k + 1
+            if again == "remask":
+                units = torch.from_numpy(train_sudoku.UNITS)
+                bad = (out.x[:, units].sort(-1).values != torch.arange(1, 10)).any(-1)  # (n, 27)
+                mask = torch.zeros_like(out.x).index_add(1, units.flatten(), bad.repeat_interleave(9, 1).long()) > 0
+                x[i], editable[i] = out.x, mask & (torch.from_numpy(problem) == rmdm.MASK)
+    return solved, nfe
 
 
 def without_checker(task, model, x, editable, given, tries=8, batch=64):
@@ -112,20 +137,15 @@ def main():
         if variant == "without a checker":
             print(json.dumps(about | without_checker(task, model, x, editable, given)), flush=True)
             continue
-        how = dict(steps=x.shape[1], threshold=0.99, generator=torch.Generator().manual_seed(0)) | VARIANTS[variant]
+        how = dict(steps=x.shape[1], threshold=0.99, noise=0.3) | VARIANTS[variant]
         if "loops" in how:
             how["loops"] = int(how["loops"] * model.config.loops)
-        every, symmetry = how.pop("every", None), how.pop("symmetry", False)
-        if (every is not None or symmetry) and task is train_countdown:
+        if {"place", "again"} & how.keys() and task is train_countdown:
             continue  # the models of Countdown differ in what a loop adds, and have no symmetry
-        model.__class__, model.every = (rmdm.RMDM if every is None else OtherNoise), every
-        if symmetry:
-            tries, nfe, solved = with_symmetry(model, x, TRIES, **how)
-        else:
-            out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(given[i.tolist()], x), TRIES, **how)
-            tries, nfe, solved = out.tries, out.nfe, task.score(given, out.x) == 1
-        shares = {f"tries_{k}": (solved & (tries.numpy() <= k)).mean() for k in (1, 2, 4, 8, 16)}
-        print(json.dumps(about | shares | dict(nfe=nfe.double().mean().item())), flush=True)
+        solved, nfe = restart(task, model, given, torch.Generator().manual_seed(0), **how)
+        shares = {f"tries_{k}": ((solved > 0) & (solved <= k)).double().mean().item() for k in (1, 2, 4, 8, TRIES)}
+        loops = {f"nfe_{k}": nfe[:, :k].sum(1).mean().item() for k in (1, 2, 4, 8, TRIES)}
+        print(json.dumps(about | shares | loops), flush=True)
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def draw_recursion(plt):
     model = rmdm.load(HERE.parent / "weights" / "sudoku-small.pt")
     x, L = torch.from_numpy(train_sudoku.parse(PUZZLE)).long()[None], model.config.loops
     with torch.no_grad():
-        sure, digit = model(x, torch.ones(1), supervise="all")[:, 0].softmax(-1).max(-1)
+        sure, digit = model(x, torch.ones(1), supervise="all")[0][:, 0].softmax(-1).max(-1)
     blank = x[0] == rmdm.MASK
     fig, axes = plt.subplots(2, 4, figsize=(11, 6))
     for l, ax in zip(range(L // 8 - 1, L, L // 8), axes.flat):
