@@ -1039,7 +1039,7 @@ def test_the_countdown_commands_end_to_end(cli):
     assert code == 0 and "right, checked by the rules" in out
 
 
-@pytest.mark.parametrize("module, form, size", [(sudoku, sudoku.PAPER, "--puzzles=20"),
+@pytest.mark.parametrize("module, form, size", [(sudoku, sudoku.PRESETS["paper"], "--puzzles=20"),
                                                 (countdown, countdown.preset(3, True), "--problems=500")])  # fmt: skip
 def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, form, size):
     config, training = form
