@@ -623,7 +623,7 @@ def load(path, device="cpu", task=None):
     return model.to(device).eval()
 
 
-def train(model, training, batch, evaluate, out, about=None, resume=False):
+def train(model, training, batch, evaluate, out, about=None, resume=False, loss=loss):
     """Train `model` in place; returns the averaged (EMA) model.
 
     batch(n, generator) -> x0 (n, N) int64, editable (n, N) bool, on the model's device; a new run tries one example
@@ -632,6 +632,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
     about               plain facts to keep, such as task, options and data
     resume              go on from the checkpoint in `out`; model, training and about must be as they were. On a CPU the
                         run ends bit-identical to one never interrupted, if batch draws from its generator alone
+    loss                another process's, with the arguments and values of `loss`: see evidence/uniform.py
 
     Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
     not finite, and what `loss` refuses."""

@@ -1098,6 +1098,125 @@ def test_the_tables_of_the_evidence_are_those_of_its_logs():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Uniform-state diffusion: a law of two dependent tokens from {1, 2, 3}, and all its x0 and x_t.
+PAIRS = torch.tensor(list(itertools.product((1, 2, 3), repeat=2)))
+LAW = torch.tensor([0.30, 0.02, 0.05, 0.03, 0.04, 0.21, 0.15, 0.10, 0.10], dtype=torch.float64)
+
+
+def kept(x_t, x0, a):
+    """The probability of token x_t, given x0, if it is redrawn from the three with probability 1 - a."""
+    return a * (x_t == x0) + (1 - a) / 3
+
+
+def bayes(a_t, a_s):
+    """p(x_s^i | x_t) for each x_t in PAIRS, (9, 2, 3), by enumeration of x0; a_s = 1: the denoiser p(x0^i | x_t)."""
+    q = kept(PAIRS[:, None], PAIRS, a_t)  # of x_t and x0, for each position
+    paths = [kept(j, PAIRS, a_s) * kept(PAIRS[:, None], j, a_t / a_s) / q for j in (1, 2, 3)]  # x_s^i = j
+    p = torch.stack([(LAW[:, None] * q.prod(2, keepdim=True) * path).sum(1) for path in paths], 2)
+    return p / p.sum(2, keepdim=True)
+
+
+class Others(nn.Module):
+    """p(x0^i | x_t without position i) by Bayes, in the interface of RMDM. An editable token d comes as d + 3."""
+
+    def forward(self, x, t, **how):
+        joint = LAW[:, None] * kept(x[:, None] - 3, PAIRS, rmdm.alpha(t.double())[:, None, None]).flip(2)
+        m = torch.stack([(joint * (PAIRS == v)).sum(1) for v in (1, 2, 3)], 2)
+        return F.pad((m / m.sum(2, keepdim=True)).log(), (1, 3), value=-math.inf)[None]
+
+    def infer(self, x, t, *how):
+        return self(x, t)[0], torch.ones(len(x), dtype=torch.long)
+
+
+def predicts(model, t):
+    """m (9, 2, 3) for each x_t in PAIRS."""
+    return model(PAIRS + 3, t.float().expand(9))[0, ..., 1:4].detach().double().softmax(-1)
+
+
+@pytest.fixture
+def uniform(monkeypatch):
+    module = pytest.importorskip("evidence.uniform")
+    monkeypatch.setattr(module, "C", 3)
+    return module
+
+
+def test_uniform_reverse_steps_are_those_of_bayes(uniform, schedule):
+    for t, s in torch.tensor([(1.0, 0.6), (0.7, 0.3), (0.2, 0.0)], dtype=torch.float64):
+        a_t, a_s, a = rmdm.alpha(t), rmdm.alpha(s), rmdm.alpha(t) / rmdm.alpha(s)
+        p, denoiser, m, x = bayes(a_t, a_s), bayes(a_t, 1), predicts(Others(), t), F.one_hot(PAIRS - 1, 3)
+        assert torch.allclose(uniform.reverse(m, PAIRS, t, s), p, atol=1e-6)
+        assert torch.allclose(uniform.reverse(m, PAIRS, t, 0 * t), denoiser, atol=1e-6)
+        top = 3 * a_t * m * x + (a - a_t) * x + (a_s - a_t) * m + (1 - a) * (1 - a_s) / 3  # the papers' form
+        assert torch.allclose(top / (3 * a_t * (m * x).sum(2, keepdim=True) + 1 - a_t), p, atol=1e-6)
+        assert t == 1 or (uniform.reverse(denoiser, PAIRS, t, s) - p).abs().max() > 0.02  # it cannot stand in for m
+        how = dict(t=t.expand(9), editable=torch.ones(9, 2, dtype=torch.bool), generator=generator())
+        ce, _ = uniform.costs(Others(), PAIRS, objective="simple", **how)
+        x_t = uniform.corrupt(PAIRS, **how | dict(generator=generator()))
+        expected = -denoiser[x_t @ torch.tensor([3, 1]) - 4].gather(2, PAIRS[..., None] - 1)[..., 0].log()
+        assert torch.allclose(ce[0], expected, atol=1e-5)
+
+
+def test_uniform_noise_has_the_rate_of_the_schedule_and_spares_clues(uniform, schedule):
+    editable, a = torch.arange(50).expand(2000, 50) >= 10, schedule[0](0.3)
+    x_t = uniform.corrupt(torch.full((2000, 50), 2), torch.full((2000,), 0.3), editable, generator())
+    rates, other = torch.bincount(x_t[editable]) / 80_000, (1 - a) / 3
+    assert (x_t[~editable] == 2).all() and rates.tolist() == pytest.approx([0, other, a + other, other], abs=8e-3)
+
+
+def exact_bound(uniform, predict):
+    """The NELBO of each x0, (9,), by enumeration of x_t; t = u^2, since the integrand has a logarithm at 0."""
+    total = torch.zeros(9, dtype=torch.float64)
+    x0, x_t = PAIRS.repeat_interleave(9, 0), PAIRS.repeat(9, 1)
+    for u, weight in zip(*(torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(200))):
+        t = ((1 + u) / 2).pow(2).clamp(min=2**-24)  # as sample_t does
+        nats = uniform.integrand(predict(t).repeat(9, 1, 1), x0, x_t, t.expand(81)).sum(1)
+        total += weight * (1 + u) / 2 * (kept(x_t, x0, rmdm.alpha(t)).prod(1) * nats).view(9, 9).sum(1)
+    return total
+
+
+def test_uniform_nelbo_is_tight_and_estimated_without_bias(uniform, schedule):
+    model, editable = tiny(vocab=7, coords=2, time=True), torch.ones(40_000, 2, dtype=torch.bool)
+    assert torch.allclose(exact_bound(uniform, functools.partial(predicts, Others())), -LAW.log(), atol=2e-4)
+    assert (exact_bound(uniform, lambda t: bayes(rmdm.alpha(t), 1)) + LAW.log()) @ LAW > 0.1  # the denoiser is no m
+    draws = uniform.nelbo(model, PAIRS[5].expand(40_000, 2), editable, generator())
+    exact, error = exact_bound(uniform, functools.partial(predicts, model))[5], draws.std() / len(draws) ** 0.5
+    assert abs(draws.mean() - exact) < 4 * error and error < 0.03 * exact
+
+
+def test_uniform_samples_follow_the_exact_law(uniform, schedule):
+    def law(T):
+        now = torch.full((9,), 1 / 9, dtype=torch.float64)
+        for left in range(T, 0, -1):
+            p = bayes(schedule[0](left / T), schedule[0]((left - 1) / T))
+            p = F.one_hot(p.argmax(2), 3).double() if left == 1 else p  # the last step is an argmax
+            now = now @ (p[:, 0, :, None] * p[:, 1, None]).flatten(1)
+        return now
+
+    x = torch.zeros(40_000, 2, dtype=torch.long)
+    out = uniform.sample(Others(), x, x == MASK, 6, generator=generator())
+    counts, expected = (out.x[:, None] == PAIRS).all(2).sum(0), 40_000 * law(6)
+    assert ((counts - expected) ** 2 / expected).sum() < 26.1  # chi-square, 8 degrees: once in a thousand
+    assert (law(6) - LAW).abs().max() > 0.02 > 4 * (law(200) - LAW).abs().max() and (out.nfe == 6).all()
+    x, editable = PAIRS.clone(), PAIRS == 2
+    for greedy in (False, True):
+        filled = uniform.sample(Others(), x, editable, 3, greedy, generator=generator()).x
+        assert (filled[~editable] == x[~editable]).all() and filled.min() > 0 and (filled != x).any()
+
+
+def test_uniform_commands_end_to_end(cli, puzzles, monkeypatch):
+    module, few = pytest.importorskip("evidence.uniform"), [part[:12] for part in puzzles]
+    monkeypatch.setattr(sudoku, "generated", lambda n, seed: few)
+    code, out, err = cli(module, "--set", *SMALL)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [row["nfe"] for row in rows] == [2, 10, 40, 162] * 2, err
+    held_out = zip(*map(as_text, sudoku.split(*few, 4)[1]))
+    Path("p.csv").write_text("puzzle,solution\n" + "\n".join(map(",".join, held_out)))
+    code, out, err = cli(module, "--data", "p.csv")
+    assert [json.loads(line) | dict(data=None) for line in out.splitlines()] == rows, err
+    Path("p.csv").write_text(f"puzzle\n{EASY}\n")
+    assert cli(module, "--data", "p.csv")[0] == "p.csv: no puzzle with a solution"
+
+
 # ---- 9. trust ----
 
 
