@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -1215,6 +1216,48 @@ def test_uniform_commands_end_to_end(cli, puzzles, monkeypatch):
     assert [json.loads(line) | dict(data=None) for line in out.splitlines()] == rows, err
     Path("p.csv").write_text(f"puzzle\n{EASY}\n")
     assert cli(module, "--data", "p.csv")[0] == "p.csv: no puzzle with a solution"
+
+
+@pytest.mark.skipif(not (HERE / "evidence" / "attention.py").exists(), reason="no evidence here")
+@pytest.mark.parametrize("form", [dict(layers=2), OURS, LOOPMDM], ids=["R-MDM", "ours", "LoopMDM"])
+def test_the_attention_of_the_evidence_is_the_models_own(form, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "evidence")
+    attention, m = importlib.import_module("attention"), tiny(**form)
+    x0, editable = torch.tensor([[3, 2, 1], [1, 1, 2]]), torch.tensor([[True] * 3, [False, True, True]])
+    unit, calls = torch.tensor([[True, True, False], [True, True, True], [False, True, True]]), []
+    t = torch.full((2,), 0.6)
+    _, masked = rmdm.corrupt(x0, t, editable, generator())  # the script draws the same
+    assert masked.sum() == 3 < editable.sum()
+    ce = rmdm.masked_ce(m, x0, editable, t, generator(), supervise="all", loops=5)[0].sum((1, 2)) / 3
+
+    def check(layer, args, output):  # values so weighted must make what the layer returns
+        h, a = args[0], attention.attention(layer, *args)
+        v = layer.qkv(layer.norm1(h))[..., 32:].view(2, 3, 2, 8).transpose(1, 2)
+        mid = h + layer.out((a @ v).transpose(1, 2).reshape(2, 3, 16))
+        assert torch.allclose(mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), output, atol=1e-5)
+        calls.append(a)
+
+    for layer in (*m.head, *m.block, *m.tail):
+        layer.register_forward_hook(check)
+    rows = attention.by_loop(m, x0, editable, t, 5, unit)
+    assert [row["ce"] for row in rows if row["part"] == "loop"] == pytest.approx(ce.tolist(), rel=1e-4)
+    parts = ("loop", "tail") if m.tail else ("loop",)
+    at = [("head", 0)] * len(m.head) + [(part, l) for l in range(1, 6) for part in parts]
+    assert [(row["part"], row["loop"]) for row in rows] == at
+    queries = [(b, i) for b, i in itertools.product(range(2), range(3)) if masked[b, i]]
+    kinds = {
+        "masked": lambda b, i, j: i != j and masked[b, j],
+        "self": lambda b, i, j: i == j,
+        "unit": lambda b, i, j: i != j and unit[i, j],
+        "unit_masked": lambda b, i, j: i != j and unit[i, j] and masked[b, j],
+    }
+    for row in rows:
+        layers = [calls.pop(0) for _ in {"head": m.head, "loop": m.block, "tail": m.tail}[row["part"]]]
+        for name, kind in kinds.items():
+            pairs = [(b, i, j) for b, i in queries for j in range(3) if kind(b, i, j)]
+            share = [[sum(a[b, head, i, j].item() for b, i, j in pairs) / 3 for head in (0, 1)] for a in layers]
+            assert np.allclose(row["heads"][name], share, atol=1e-5) and row[name] == pytest.approx(np.mean(share))
+            assert row["uniform"][name] == pytest.approx(len(pairs) / 9)
 
 
 # ---- 9. trust ----

@@ -10,6 +10,7 @@
     logs/NAME-seed*.txt           what training printed at its end, until commit 16cafdf: scores, mistakes, noise
     logs/sudoku-classical.jsonl   what evidence/classical.py printed
     logs/speed.jsonl              what evidence/speed.py printed
+    logs/attention-*-seed*.jsonl  what evidence/attention.py printed
 """
 
 import argparse
@@ -398,6 +399,34 @@ def draw_recursion(plt):
     fig.savefig(HERE / "sudoku-recursion.png", dpi=110)
 
 
+def draw_attention(plt):
+    """By loop, what masked positions give of their attention to other masked ones; dashed, if it were uniform."""
+    forms, found = ("the paper's form", "ours", "LoopMDM's form"), {}
+    for row in (row for path in sorted(LOGS.glob("attention-*-seed*.jsonl")) for row in lines(path)):
+        form = forms[2 if row["head_layers"] + row["tail_layers"] else int(row["inject"])]
+        if row["part"] == "loop":
+            at = found.setdefault((row["task"], form), {}).setdefault(row["t"], {}).setdefault(row["loop"], [])
+            at.append((row["masked"], row["uniform"]["masked"], row["ce"]))  # one a seed
+    fig, axes = plt.subplots(2, 3, figsize=(10, 6), sharex="row", sharey="row")
+    for ax, (task, form) in zip(axes.flat, ((task, form) for task in ("sudoku", "countdown") for form in forms)):
+        for color, t in zip(plt.cm.viridis((0, 0.45, 0.8)), (0.5, 0.9, 1.0)):
+            at = found.get((task, form), {}).get(t, {})
+            means = [[sum(x) / len(x) for x in zip(*at[l])] for l in sorted(at)]
+            for (i, ls), label in zip(((0, "-"), (1, "--")), (f"t={t}", None)):
+                ax.plot(sorted(at), [mean[i] for mean in means], ls, color=color, label=label, lw=1.4)
+        nats = f"\n{means[0][2]:.2f} nats at t=1 after loop 1, {means[-1][2]:.2f} at the end" if means else ""
+        ax.set_title(f"{task.title()}, {form}{nats}", fontsize=9)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylim(0)
+    fig.supxlabel("loop", fontsize=10)
+    fig.supylabel("share of attention to other masked positions", fontsize=10)
+    axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
+    fig.tight_layout()
+    fig.savefig(HERE / "attention.png", dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -418,6 +447,7 @@ def main():
 
         draw_depth(plt)
         draw_recursion(plt)
+        draw_attention(plt)
     else:
         for name, make in TABLES.items():
             print(f"\n{name}\n\n{make()}")
