@@ -647,7 +647,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
-    step, seconds, flops, carried = 0, 0.0, 0, {} if training.carry else None
+    step, seconds, flops, carried = 0, 0.0, 0, {}
     if resume:
         saved = read(path)
         try:
@@ -665,7 +665,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
                     if {v.shape for v in optimizer.state[w].values() if v.ndim} != {w.shape}:
                         raise ValueError("the state of another optimizer")
             generator.set_state(saved["rng"])
-            carried = saved["carried"] and {key: x.to(device) for key, x in saved["carried"].items()}
+            carried |= {key: x.to(device) for key, x in saved["carried"].items()}
         except Exception as e:  # a stranger's numbers can be anything
             raise BadInput(f"{path}: cannot go on from it ({' '.join(str(e).split())[:100]})") from e
     else:
@@ -687,6 +687,8 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
 
     if not resume:
         checkpoint()
+    if training.carry:
+        how["carried"] = carried
     log = open(out / "log.jsonl", "a" if resume else "x")  # x: of two processes in one folder the second fails
     if not resume:  # the log's first line says what run it is of
         where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
@@ -705,7 +707,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
                 loops = int(torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(training.batch, generator)
             with autocast(device):
-                value, right = loss(model, x0, editable, loops=loops, generator=generator, carried=carried, **how)
+                value, right = loss(model, x0, editable, loops=loops, generator=generator, **how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             for optimizer, peak in optimizers:

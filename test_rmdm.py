@@ -1123,15 +1123,15 @@ class Others(nn.Module):
     def forward(self, x, t, **how):
         joint = LAW[:, None] * kept(x[:, None] - 3, PAIRS, rmdm.alpha(t.double())[:, None, None]).flip(2)
         m = torch.stack([(joint * (PAIRS == v)).sum(1) for v in (1, 2, 3)], 2)
-        return F.pad((m / m.sum(2, keepdim=True)).log(), (1, 3), value=-math.inf)[None]
+        return F.pad((m / m.sum(2, keepdim=True)).log(), (1, 3), value=-math.inf)[None], joint
 
     def infer(self, x, t, *how):
-        return self(x, t)[0], torch.ones(len(x), dtype=torch.long)
+        return self(x, t)[0][0], torch.ones(len(x), dtype=torch.long)
 
 
 def predicts(model, t):
     """m (9, 2, 3) for each x_t in PAIRS."""
-    return model(PAIRS + 3, t.float().expand(9))[0, ..., 1:4].detach().double().softmax(-1)
+    return model(PAIRS + 3, t.float().expand(9))[0][0, ..., 1:4].detach().double().softmax(-1)
 
 
 @pytest.fixture
@@ -1226,9 +1226,9 @@ def test_the_attention_of_the_evidence_is_the_models_own(form, monkeypatch):
     x0, editable = torch.tensor([[3, 2, 1], [1, 1, 2]]), torch.tensor([[True] * 3, [False, True, True]])
     unit, calls = torch.tensor([[True, True, False], [True, True, True], [False, True, True]]), []
     t = torch.full((2,), 0.6)
-    _, masked = rmdm.corrupt(x0, t, editable, generator())  # the script draws the same
+    x_t, masked = rmdm.corrupt(x0, t, editable, generator())  # the script draws the same
     assert masked.sum() == 3 < editable.sum()
-    ce = rmdm.masked_ce(m, x0, editable, t, generator(), supervise="all", loops=5)[0].sum((1, 2)) / 3
+    ce = rmdm.masked_ce(m, x0, x_t, masked, t, supervise="all", loops=5)[0].sum((1, 2)) / 3
 
     def check(layer, args, output):  # values so weighted must make what the layer returns
         h, a = args[0], attention.attention(layer, *args)

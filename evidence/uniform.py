@@ -68,7 +68,7 @@ def costs(model, x0, editable, t, objective, generator=None, **how):
     """Nats at each position (R, B, N), 0 where not editable: "elbo", the integrand, or "simple", the denoiser's
     cross-entropy. Also the share of editable tokens that the last loop gets right. R, `how` as in RMDM.forward."""
     x_t, t = corrupt(x0, t, editable, generator), t.double()
-    logits = model(x_t + C * editable, t.float(), **how)[..., 1 : C + 1].double()  # log m
+    logits = model(x_t + C * editable, t.float(), **how)[0][..., 1 : C + 1].double()  # log m
     log_p = (logits + bar(one_hot(x_t), rmdm.alpha(t)[:, None, None]).log()).log_softmax(-1)  # of the denoiser
     ce = -log_p.gather(3, (x0 - 1).expand(log_p.shape[:3])[..., None])[..., 0]
     nats = ce if objective == "simple" else integrand(logits.softmax(-1), x0, x_t, t)
@@ -78,8 +78,8 @@ def costs(model, x0, editable, t, objective, generator=None, **how):
 
 def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None):
     """What rmdm.train asks for: rmdm.loss for this process."""
-    t, how = rmdm.sample_t(len(x0), generator, x0.device), dict(supervise=supervise, grad_loops=grad_loops)
-    nats, right = costs(model, x0, editable, t, objective, generator, loops=loops, **how)
+    t, how = rmdm.sample_t(len(x0), generator, x0.device), dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
+    nats, right = costs(model, x0, editable, t, objective, generator, **how)
     return nats.sum((1, 2)).mean() / editable.sum().clamp(min=1), right
 
 
@@ -129,21 +129,21 @@ def main():
     parser.add_argument("--out", metavar="RUN", default="runs/uniform", help="the run's folder (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     parser.add_argument("--data", metavar="FILE", help="measure the run in that folder on this, with solutions")
-    args, device = parser.parse_args(), rmdm.pick_device()
+    args, device, task = parser.parse_args(), rmdm.pick_device(), "sudoku-uniform"
     if args.data:
-        model = rmdm.load(args.out, device, task="sudoku-uniform")
+        model = rmdm.load(args.out, device, task)
         rows = [row[:2] for row in sudoku.read_file(args.data) if row[1].all()]
         test = np.array(rows or sys.exit(f"{args.data}: no puzzle with a solution")).swapaxes(0, 1)
     else:
         seen, test = sudoku.split(*sudoku.generated(10_000 + sudoku.HELD_OUT, args.seed), sudoku.HELD_OUT)
-        config, training = rmdm.override(args.set, *sudoku.PRESET)
+        config, training = rmdm.override(args.set, sudoku.OURS, rmdm.TrainConfig(5500, loops_min=8, grad_loops=8))
         training, check = replace(training, seed=args.seed), lambda model: evaluate(model, *np.array(test)[:, :128], 20)
         torch.manual_seed(args.seed)
         model, batch = rmdm.RMDM(replace(config, vocab=2 * C + 1, time=True)).to(device), sudoku.batches(*seen, device)
-        model = rmdm.train(model, training, batch, check, args.out, dict(task="sudoku-uniform"), args.resume, loss)
-    for greedy, T in itertools.product((False, True), (1, 5, 20, 81)):
-        about = dict(run=args.out, data=args.data, sampler="greedy" if greedy else "ancestral", T=T)
-        print(json.dumps(about | evaluate(model, *test, T, greedy)), flush=True)
+        model = rmdm.train(model, training, batch, check, args.out, dict(task=task), args.resume, loss)
+    for sampler, T in itertools.product(("ancestral", "greedy"), (1, 5, 20, 81)):
+        scores = evaluate(model, *test, T, sampler == "greedy")
+        print(json.dumps(dict(run=args.out, data=args.data, sampler=sampler, T=T) | scores), flush=True)
 
 
 if __name__ == "__main__":
