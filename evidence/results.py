@@ -227,34 +227,43 @@ def solved(row):
 
 
 def restarts(first, tries, steps, limits):
-    """By file: first tries at each T of `steps`, both seeds; what seed 0 solves within 1, 4, .. tries of `limits`, and
-    the mean loops of all these tries."""
-    at, found = first_tries(first), {}
-    for row in scores(LOGS / f"{tries}-seed0-eval.jsonl"):
-        found[row["file"], row["max_tries"]] = f"{solved(row):.1f} ({row['nfe']:,.0f})"
-    rows = []
+    """By file: one try at each T of `steps`, and what is solved within 1, 4, .. tries of `limits`, with the mean loops of
+    all these tries."""
+    at, found, rows = first_tries(first), first_tries(tries), []
     for file in at:
-        within = [found.get((file, n), "") for n in limits]
-        rows.append((file, at[file][1][0]["n"], *(spread(map(solved, at[file][T])) for T in steps), *within))
+        (within,) = found[file].values()
+        parts = [[(100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in within] for n in limits]
+        parts = [f"{spread(shares)} ({spread(loops, 0)})" for shares, loops in (zip(*part) for part in parts)]
+        rows.append((file, within[0]["n"], *(spread(map(solved, at[file][T])) for T in steps), *parts))
     return table(("set", "n", *(f"T={T}" for T in steps), *(f"within {n} (loops)" for n in limits)), rows)
 
 
+def variants(task):
+    """What evidence/restarts.py printed: {variant: its rows, one a seed}."""
+    found = {}
+    for row in (row for i in (0, 1) for row in lines(LOGS / f"restarts-{task}-seed{i}.jsonl")):
+        found.setdefault(row["variant"], []).append(row)
+    return found
+
+
 def kinds(task):
-    """What evidence/restarts.py printed."""
-    rows = [row for row in lines(LOGS / f"restarts-{task}-seed0.jsonl") if "nfe" in row]
-    shares = [key for key in rows[0] if key.startswith("tries_")]
-    body = ([row["variant"], *(f"{100 * row[key]:.1f}" for key in shares), f"{row['nfe']:,.0f}"] for row in rows)
-    return table(("kind", *(key.replace("_", " ") for key in shares), "loops a problem"), body)
+    body, tries = [], (1, 2, 4, 8, 16)
+    for variant, rows in variants(task).items():
+        if "nfe_16" in rows[0]:
+            shares = (spread(100 * row[f"tries_{k}"] for row in rows) for k in tries)
+            body.append((variant, *shares, spread((row["nfe_16"] for row in rows), 0)))
+    return table(("kind", *(f"tries {k}" for k in tries), "loops a problem"), body)
 
 
 def unjudged():
     """Of eight noisy tries without a checker, as evidence/restarts.py printed it, beside a first try without noise."""
     body = []
     for task in ("sudoku", "countdown"):
-        rows = {row["variant"]: row for row in lines(LOGS / f"restarts-{task}-seed0.jsonl")}
-        row = rows["without a checker"]
-        shares = (rows["noise 0.3"]["tries_1"], *(row[key] for key in ("one", "agreed", "likeliest", "any")))
-        body.append((task, row["n"], *(f"{100 * x:.1f}" for x in shares)))
+        found = variants(task)
+        rows = found["without a checker"]
+        shares = [spread(100 * row["tries_1"] for row in found["noise 0.3"])]
+        shares += [spread(100 * row[key] for row in rows) for key in ("one", "agreed", "likeliest", "any")]
+        body.append((task, rows[0]["n"], *shares))
     return table(("task", "n", "one without noise", "one noisy", "most agree on", "model finds likeliest", "any"), body)
 
 
@@ -371,6 +380,33 @@ def draw_depth(plt):
     fig.savefig(HERE / "sudoku-depth.png", dpi=130)
 
 
+def draw_restarts(plt):
+    """Three ways to spend loops on one puzzle: steps, loops a step, and further tries."""
+    curves, tries = first_tries("sudoku-short-curves"), first_tries("sudoku-short-tries")
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for ax, file in zip(axes, ("kaggle3m", "magictour1465")):
+        rows = [row for at in curves[file].values() for row in at]
+        for color, label, by, keep in (
+            ("tab:blue", "one try, T = 1 to 81 steps of 16 loops", "steps", lambda row: row["loops"] == 16),
+            ("tab:orange", "one try, T = 20 steps of 4 to 128 loops", "loops", lambda row: row["steps"] == 20),
+        ):
+            groups = {}
+            for row in filter(keep, rows):
+                groups.setdefault(row[by], []).append((row["nfe"], 100 * row["exact"]))
+            points = [[sum(x) / len(x) for x in zip(*groups[key])] for key in sorted(groups)]
+            ax.plot(*zip(*points), color=color, label=label, marker="o", ms=4, lw=1.2)
+        (within,) = tries[file].values()
+        points = [[sum(row[f"{key}_{2**k}"] for row in within) / len(within) for key in ("nfe", "within")] for k in range(7)]
+        x, y = zip(*points)
+        ax.plot(x, [100 * share for share in y], color="tab:green", label="1 to 64 tries", marker="s", ms=4, lw=1.2)
+        ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("solved, %")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-restarts.png", dpi=130)
+
+
 def draw_recursion(plt):
     """One denoising step of the shipped model on one puzzle, read off after every second loop."""
     sys.path.insert(0, str(HERE.parent))
@@ -446,6 +482,7 @@ def main():
         import matplotlib.pyplot as plt
 
         draw_depth(plt)
+        draw_restarts(plt)
         draw_recursion(plt)
         draw_attention(plt)
     else:
