@@ -162,9 +162,10 @@ class Layer(nn.Module):
 
 
 def autocast(device):
-    """A context in which torch multiplies matrices in bfloat16, where the hardware does so faster: CUDA, AVX512-BF16.
-    Without torch's cache: a cast first made in a loop without gradient would be used in the others (torch <= 2.9)."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    """A context in which torch multiplies matrices in bfloat16 where the hardware is faster so: CUDA, AVX512-BF16.
+    Its cache is off: up to torch 2.9 a weight cast in a loop without gradient is used in the others, and gets none."""
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else fast
     return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
@@ -262,7 +263,8 @@ class RMDM(nn.Module):
         """D: (B, N, d) -> logits (B, N, V); MASK has -inf, that is, no probability."""
         for layer in self.tail:
             h = layer(h, self.same)
-        return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
+        with torch.autocast(h.device.type, enabled=False):  # in bfloat16 many would be equally sure
+            return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
     def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0, carried=None):
         """Logits (R, B, N, V) after the final loop, R = 1, or, with supervise="all", after each that carries
@@ -335,26 +337,27 @@ def loss(
                  editable tokens in the batch, so that one learning rate suits both
     supervise    eq. (5): the mean over "all" loops that carry gradient, or the "final" one
     grad_loops   eq. (5): truncated backpropagation, only the last M = `grad_loops` carry gradient; 0 = all do
-    carried      a dict, empty at first and the same at every call: truncated backpropagation over calls. An example
-                 stays, with its h, for M loops a call, until the last of them is right or it has had `loops`, and
-                 only then makes room for one of x0. What is hard gets most of the loops (ours; prior art: TRM)
+    carried      a dict that is empty at first and then the same at every call, with as many x0 (ours; prior art: TRM).
+                 A call runs M loops. An example that they do not get right keeps its place, and its h, at the next
+                 call, until it is `loops` old; then one of x0 takes its place. So the loops before the last M cost
+                 nothing, and hard examples come more often: the value is no estimate of (3) or (4)
 
     model may be wrapped by torch (DistributedDataParallel, torch.compile). Raises BadInput as `corrupt`,
-    `RMDM.encode` and `RMDM.forward` do."""
+    `RMDM.encode` and `RMDM.forward` do, and for carried without both loops and grad_loops."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    now = dict(x0=x0, editable=editable, x_t=x_t, masked=masked, t=t)
-    how = dict(loops=loops if carried is None else grad_loops, supervise=supervise, grad_loops=grad_loops)
-    if carried:  # from the second call on
-        for key, new in now.items():
-            stays = (carried["l"] > 0).view(-1, *[1] * (new.ndim - 1))
-            now[key] = torch.where(stays, carried[key], new)
-        how["carried"] = carried["h"], carried["l"]
-    ce, right, h = masked_ce(model, *(now[key] for key in ("x0", "x_t", "masked", "t")), **how)
+    now, how = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable), dict(loops=loops, grad_loops=grad_loops)
     if carried is not None:
-        l = carried.get("l", 0) + how["loops"]
-        done = (right | ~now["masked"]).all(1) | (l >= loops)
-        carried.update(now, h=h, l=torch.where(done, 0, l))
+        if not loops or not 0 < grad_loops <= loops:
+            raise BadInput("carried examples need grad_loops, the loops of one call, and at least as many loops")
+        h, l = carried.get("h", torch.zeros((), device=x0.device)), carried.get("l", torch.zeros_like(x0[:, 0]))
+        for key, new in now.items():
+            now[key] = torch.where((l > 0).view(-1, *[1] * (new.ndim - 1)), carried.get(key, new), new)
+        how = dict(loops=grad_loops, carried=(h, l))
+    ce, right, h = masked_ce(model, *(now[key] for key in ("x0", "x_t", "masked", "t")), supervise=supervise, **how)
+    if carried is not None:
+        done = (right | ~now["masked"]).all(1) | (l + grad_loops >= loops)
+        carried.update(now, h=h, l=torch.where(done, 0, l + grad_loops))
     ce = ce * WEIGHTS[objective](now["t"])[:, None]  # (3) or (4)
     value = ce.sum((1, 2)).mean() / now["editable"].sum().clamp(min=1)  # the mean is over loops, (5)
     return value, right.sum() / now["masked"].sum().clamp(min=1)
@@ -457,7 +460,8 @@ def sample(
             t = alpha_inverse(1 - masked[i].sum(1) / editable[i].sum(1))
         if not len(i):
             continue
-        logits, used = model.infer(x[i], t, loops, eps, noise, generator)
+        with autocast(x.device):
+            logits, used = model.infer(x[i], t, loops, eps, noise, generator)
         p = logits.double().softmax(-1)
         if order != "ancestral":
             reveal = torch.zeros_like(masked)
@@ -494,8 +498,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
     answer, traces = x.clone(), [[] for _ in x]
     for k in range(tries):
         for i in todo.split(batch):
-            with autocast(x.device):
-                out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
+            out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
             score = torch.ones(len(i)) if judge is None else torch.as_tensor(judge(i, out.x))
             score = score.to(best)  # its device and type
             better = score > best[i]
@@ -529,7 +532,7 @@ class TrainConfig:
     objective: str = "simple"  # eq. (4), or elbo, eq. (3)
     supervise: str = "all"  # eq. (5), as 2606.18022 is said to do, or final
     grad_loops: int = 0  # eq. (5): only the last so many loops carry gradient; 0 = all
-    carry: int = 0  # ours, see `loss`: examples stay, grad_loops more loops a step, until right or so many loops old
+    carry: int = 0  # ours, see `loss`: an example stays, grad_loops loops a step, until right or so many loops old
     loops_min: int = 0  # from 1: the loop count is drawn from loops_min..loops at each step, eq. (7); 0 = always loops
     seed: int = 0
     compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
@@ -543,8 +546,8 @@ class TrainConfig:
             raise BadInput("loops_min and grad_loops are at least 0, ema from 0 to below 1, seed from 0 to below 2**32")
         if not (0 < self.lr < 1e3 and 0 < self.lr_rest < 1e3 and self.clip > 0 and self.weight_decay >= 0):
             raise BadInput("lr and lr_rest are above 0 and below 1000, clip above 0, weight_decay at least 0")
-        if self.carry and not 0 < self.grad_loops <= self.carry:
-            raise BadInput("carry needs grad_loops, the loops of one step, and is at least as many")
+        if self.carry and (self.loops_min or not 0 < self.grad_loops <= self.carry):
+            raise BadInput("carry is at least grad_loops, the loops of one step, above 0; and it needs loops_min=0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
 
@@ -600,7 +603,8 @@ def read(path):
 
 
 def load(path, device="cpu", task=None):
-    """A model ready to use, with the averaged weights of model.pt or checkpoint.pt, a file or a run's folder.
+    """A model ready to use, with the averaged weights of model.pt or checkpoint.pt, a file or a run's folder; its
+    `about` is what was given to `train`.
 
     Raises BadInput if it is damaged, does not fit together, is not finite, or was made for another task."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
@@ -614,6 +618,7 @@ def load(path, device="cpu", task=None):
         with torch.device("meta"):  # shapes are compared before anything large is allocated
             model = RMDM(config)
         model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+        model.about = saved["about"]
         if not all(w.isfinite().all() for w in model.parameters()):
             raise ValueError("a weight is not a finite number")
     except Exception as e:  # a stranger's values can be anything
@@ -632,7 +637,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     about               plain facts to keep, such as task, options and data
     resume              go on from the checkpoint in `out`; model, training and about must be as they were. On a CPU the
                         run ends bit-identical to one never interrupted, if batch draws from its generator alone
-    loss                another process's, with the arguments and values of `loss`: see evidence/uniform.py
+    loss                a function like `loss` for another diffusion process, as in evidence/uniform.py
 
     Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
     not finite, and what `loss` refuses."""
@@ -647,6 +652,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
+    how["loops"] = training.carry or model.config.loops
     step, seconds, flops, carried = 0, 0.0, 0, {}
     if resume:
         saved = read(path)
@@ -672,7 +678,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
         if out.exists() and any(out.iterdir()):
             raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
         with torch.no_grad():  # one example: what cannot be trained is refused before there is a folder
-            loss(model, *batch(1, torch.Generator(device)), **how)
+            loss(model, *batch(1, torch.Generator(device)), **how | dict(carried={}) if training.carry else how)
         out.mkdir(parents=True, exist_ok=True)
 
     def note(entry):
@@ -702,12 +708,12 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     with log, tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
         for step in bar:
             scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
-            loops = training.carry or model.config.loops
-            if 0 < training.loops_min < loops:
-                loops = int(torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device))
+            if 0 < training.loops_min < (loops := model.config.loops):
+                draw = torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device)
+                how["loops"] = int(draw)
             x0, editable = batch(training.batch, generator)
             with autocast(device):
-                value, right = loss(model, x0, editable, loops=loops, generator=generator, **how)
+                value, right = loss(model, x0, editable, generator=generator, **how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
             for optimizer, peak in optimizers:
@@ -718,9 +724,10 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
             with torch.no_grad():
                 for average, w in zip(ema.parameters(), model.parameters()):
                     average.lerp_(w, 1 - decay)
-            back = min(training.grad_loops or loops, loops)  # loops without gradient go forward only
+            back = min(training.grad_loops or how["loops"], how["loops"])  # loops without gradient go forward only
             reads = back if training.supervise == "all" else 1
-            flops += len(x0) * (model.flops(back if training.carry else loops, reads) + 2 * model.flops(back, reads))
+            forward = back if training.carry else how["loops"]
+            flops += len(x0) * (model.flops(forward, reads) + 2 * model.flops(back, reads))
             recent.append(torch.stack([value.detach(), right, norm]))
             last = step == training.steps
             evaluating, saving = last or step % training.eval_every == 0, last or step % training.save_every == 0

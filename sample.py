@@ -31,7 +31,8 @@ from rmdm import MASK, BadInput
 
 # What a task brings: CHARS, LINE, SCORE, parse, read_file, start, score, check, evaluate, name and draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
-WEIGHTS = Path(__file__).parent / "weights"  # TASK-small.pt
+WEIGHTS = {"sudoku": "sudoku-long.pt", "countdown": "countdown-small.pt"}
+WEIGHTS = {task: Path(__file__).parent / "weights" / name for task, name in WEIGHTS.items()}
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
 
@@ -198,7 +199,7 @@ def main():
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     args = parser.parse_intermixed_args()
     device, task = rmdm.pick_device(args.device), TASKS[args.task]
-    checkpoint = WEIGHTS / f"{args.task}-small.pt" if args.checkpoint is None else args.checkpoint
+    checkpoint = WEIGHTS[args.task] if args.checkpoint is None else args.checkpoint
     model = rmdm.load(checkpoint, device, args.task)
     args.steps = str(len(model.config.coords)) if args.steps is None else args.steps
     if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", args.steps):

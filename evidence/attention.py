@@ -1,6 +1,6 @@
 """Whom do masked positions attend to? Shares of their attention after each loop, beside those of uniform attention.
 
-    python evidence/attention.py sudoku weights/sudoku-small.pt RUN ..      # weights or runs, all of one --seed
+    python evidence/attention.py sudoku weights/sudoku-short.pt RUN ..      # weights or runs, all of one --seed
     python evidence/attention.py countdown weights/countdown-small.pt RUN ..
 
 The problems are those that the training with this seed held out. Prints a JSON line for each checkpoint, t and loop:

@@ -21,16 +21,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rmdm
 import train_countdown
 import train_sudoku
+from sample import WEIGHTS
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 def held_out(task, model, seed):
-    """The problems, with solutions, that the training with the script's defaults tests on."""
+    """The problems, with solutions, that the training of `model` with this seed tested on."""
     if task is train_sudoku:
-        return task.split(*task.generated(10_000 + task.HELD_OUT, seed), task.HELD_OUT)[1]
+        return task.split(*task.generated(model.about.get("puzzles", 10_000) + task.HELD_OUT, seed), task.HELD_OUT)[1]
     numbers = task.OPERANDS[len(model.config.coords)]
-    return task.split(*task.generate(numbers, 500_000, seed), seed)[1]
+    return task.split(*task.generate(numbers, model.about.get("problems", 500_000), seed), seed)[1]
 
 
 def by_noise(model, x0, editable):
@@ -55,7 +56,7 @@ def main():
     parser.add_argument("--data", metavar="FILE", help="take the problems from this file")
     args = parser.parse_args()
     task = {"sudoku": train_sudoku, "countdown": train_countdown}[args.task]
-    checkpoint = args.checkpoint or Path(__file__).parents[1] / "weights" / f"{args.task}-small.pt"
+    checkpoint = args.checkpoint or WEIGHTS[args.task]
     model = rmdm.load(checkpoint, task=args.task)
     if args.data:
         rows = [(problem, solution) for problem, solution, _ in task.read_file(args.data) if solution.any()]

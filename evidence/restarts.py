@@ -17,7 +17,7 @@ import rmdm  # noqa: E402
 import train_countdown  # noqa: E402
 import train_sudoku  # noqa: E402
 
-TRIES = 16
+TRIES, LOOPS = 16, dict(sudoku=32, countdown=4)
 
 
 class OtherNoise(rmdm.RMDM):
@@ -39,7 +39,8 @@ class OtherNoise(rmdm.RMDM):
             yield h
 
 
-VARIANTS = {  # what differs from noise 0.3 on h^0, drawn at every step, confidence order, threshold 0.99; k: the try
+# What differs from noise 0.3 on h^0, drawn at every step, confidence order, threshold 0.99, LOOPS; k: the try.
+VARIANTS = {
     "noise 0.3": {},
     "noise 0.15": dict(noise=0.15), "noise 0.2": dict(noise=0.2),
     "noise 0.45": dict(noise=0.45), "noise 1": dict(noise=1.0),
@@ -92,8 +93,7 @@ def restart(task, model, given, generator, again=None, place=None, **how):
             if again == "symmetry" and k:
                 problem = train_sudoku.augment(x[i][None], generator)[0].numpy()
             begin, free = task.start(model, problem) if again != "remask" or not k else (x[i], editable[i])
-            with rmdm.autocast(x.device):
-                out = rmdm.sample(model, begin, free, generator=generator, **now)
+            out = rmdm.sample(model, begin, free, generator=generator, **now)
             nfe[i, k], right = out.nfe.float(), torch.from_numpy(task.score(problem, out.x) == 1)
             solved[i[right]] = k + 1
             if again == "remask":
@@ -104,14 +104,14 @@ def restart(task, model, given, generator, again=None, place=None, **how):
     return solved, nfe
 
 
-def without_checker(task, model, x, editable, given, tries=8, batch=64):
+def without_checker(task, model, x, editable, given, loops, tries=8, batch=64):
     """Of several noisy tries, none judged: the share solved by one of them, by the answer that most of them agree on,
     by the one that the model itself found likeliest, and by any of them."""
     answers, likely, right = [], [], []
     for k in range(tries):
         g = torch.Generator().manual_seed(k)
         for part in torch.arange(len(x)).split(batch):
-            how = dict(steps=x.shape[1], threshold=0.99, noise=0.3, generator=g, trace=True)
+            how = dict(steps=x.shape[1], threshold=0.99, noise=0.3, loops=loops, generator=g, trace=True)
             out = rmdm.sample(model, x[part], editable[part], **how)
             log_p = [torch.where(step["revealed"], step["sure"].clamp(min=1e-9).log(), 0.0) for step in out.trace]
             answers.append(out.x)
@@ -135,11 +135,10 @@ def main():
     for variant in chosen or [*VARIANTS, "without a checker"]:
         about = dict(task=name, checkpoint=checkpoint, variant=variant, n=len(x))
         if variant == "without a checker":
-            print(json.dumps(about | without_checker(task, model, x, editable, given)), flush=True)
+            print(json.dumps(about | without_checker(task, model, x, editable, given, LOOPS[name])), flush=True)
             continue
-        how = dict(steps=x.shape[1], threshold=0.99, noise=0.3) | VARIANTS[variant]
-        if "loops" in how:
-            how["loops"] = int(how["loops"] * model.config.loops)
+        how = dict(steps=x.shape[1], threshold=0.99, noise=0.3, loops=1) | VARIANTS[variant]
+        how["loops"] = int(how["loops"] * LOOPS[name])
         if {"place", "again"} & how.keys() and task is train_countdown:
             continue  # the models of Countdown differ in what a loop adds, and have no symmetry
         solved, nfe = restart(task, model, given, torch.Generator().manual_seed(0), **how)

@@ -23,6 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 LOGS = HERE / "logs"
 PUZZLE = "...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976"  # by generate(256, 123)
+HARD = "800000000003600000070090200050007000000045700000100030001000068008500010090000400"  # Arto Inkala's, 2012
 
 # ---- logs ----
 
@@ -176,19 +177,14 @@ def depth():
     return sorted(runs("sudoku-depth"), key=lambda seeds: [seeds[0][key] for key in by])
 
 
-def minutes():
-    """Runs of the Sudoku preset's form, shorter and longer, with fixed L and with truncated backpropagation."""
-    found = {Path(seeds[0]["run"]).name: seeds for seeds in runs("sudoku-choices")}
-    found = *runs("sudoku-t60now"), found["fixed-0"], *runs("sudoku-fixed"), found["trunc-0"], *runs("sudoku-cpu")
-    columns = SIZE | MINUTES | NELBO | exact("kaggle3m", 81)
-    return compare(found, columns, "loops in training", lambda model: "8 to 16" if model["loops_min"] else "8")
-
-
-def muon():
-    """The preset with our own Muon, and with torch's."""
-    found = runs("sudoku-cpu") + runs("sudoku-today")
+def carry():
+    """The short preset, and the one before it, whose examples were new at every step."""
+    names = {"sudoku-short": "carried", "sudoku-today": "fresh", "sudoku-cpu": "fresh, our own Muon"}
+    found = {log: runs(log) for log in names}
     columns = SIZE | MINUTES | NELBO | {"held-out, T=20": last("exact_T20", 100)} | exact("kaggle3m", 20, 81)
-    return compare(found, columns, "Muon", lambda model: "torch.optim.Muon" if "muon" in model else "our own")
+    rows = [seeds for log in names for seeds in found[log]]
+    labels = iter(names.values())
+    return compare(rows, columns, "examples", lambda model: next(labels))
 
 
 def noise(found, loops):
@@ -226,16 +222,21 @@ def solved(row):
     return 100 * row.get("exact", row.get("solved"))
 
 
-def restarts(first, tries, steps, limits):
-    """By file: one try at each T of `steps`, and what is solved within 1, 4, .. tries of `limits`, with the mean loops of
-    all these tries."""
-    at, found, rows = first_tries(first), first_tries(tries), []
-    for file in at:
-        (within,) = found[file].values()
-        parts = [[(100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in within] for n in limits]
-        parts = [f"{spread(shares)} ({spread(loops, 0)})" for shares, loops in (zip(*part) for part in parts)]
-        rows.append((file, within[0]["n"], *(spread(map(solved, at[file][T])) for T in steps), *parts))
-    return table(("set", "n", *(f"T={T}" for T in steps), *(f"within {n} (loops)" for n in limits)), rows)
+def restarts(models, steps, limits):
+    """For each model {name: its logs} and file: one try at each T of `steps`, and what is solved within 1, 4, .. tries
+    of `limits`, with their mean loops."""
+    rows = []
+    for name, log in models.items():
+        at, found = first_tries(log), first_tries(f"{log}-tries")
+        for file in found:
+            (within,) = found[file].values()
+            parts = [[(100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in within] for n in limits]
+            parts = [f"{spread(shares)} ({spread(loops, 0)})" for shares, loops in (zip(*part) for part in parts)]
+            first = (spread(map(solved, at[file][T])) for T in steps)
+            rows.append((name, file, within[0]["n"], *first, *parts))
+    titles = (f"within {n} (loops)" if n > 1 else "one try (loops)" for n in limits)
+    head = "model", "set", "n", *(f"T={T}" for T in steps), *titles
+    return table(head, rows)
 
 
 def variants(task):
@@ -293,12 +294,13 @@ def hard(row):
 
 
 TRIES = (1, 4, 16, 64)
+SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
+COUNTDOWN_LONG = {"20,000 steps": "countdown-long"}
 LOOPS, LIMIT = {"loops in training": model}, {"at most": "loops", "eps": "eps"}
 TABLES = {
-    "sudoku-sets": lambda: pivot("sudoku-cpu", {"file": "file"}),
-    "sudoku-levels": lambda: pivot("sudoku-cpu", {"level": "group"}, lambda row: not row["whole"]),
-    "sudoku-minutes": minutes,
-    "sudoku-muon": muon,
+    "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
+    "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
+    "sudoku-carry": carry,
     "sudoku-classical": classical,
     "sudoku-depth": lambda: compare(depth(), SIZE | NELBO | exact("ye2024_test", 1, 5) | KAGGLE),
     "sudoku-loops": lambda: pivot("sudoku-loops sudoku-plain-loops", {"model": model, "L": "loops"}),
@@ -320,10 +322,10 @@ TABLES = {
     "countdown-noise": lambda: noise([runs("countdown-looping")[3], runs("countdown-choices")[0]], (1, 2, 3, 4, 5)),
     "countdown-adaptive": lambda: pivot("countdown-adaptive", {"model": model} | LIMIT),
     "countdown-choices": lambda: choices("countdown-choices", COUNTDOWN),
-    "sudoku-summary": lambda: restarts("sudoku-cpu", "sudoku-restarts", (1, 20, 81), (64,)),
-    "countdown-summary": lambda: restarts("countdown-long", "countdown-restarts", (1, 8, 34), (64,)),
-    "sudoku-restarts": lambda: restarts("sudoku-cpu", "sudoku-restarts", (81,), TRIES),
-    "countdown-restarts": lambda: restarts("countdown-long", "countdown-restarts", (34,), TRIES),
+    "sudoku-summary": lambda: restarts(SUDOKU, (1, 20), (1, 64)),
+    "countdown-summary": lambda: restarts(COUNTDOWN_LONG, (1, 8, 34), (64,)),
+    "sudoku-restarts": lambda: restarts(SUDOKU, (), TRIES),
+    "countdown-restarts": lambda: restarts(COUNTDOWN_LONG, (34,), TRIES),
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
     "countdown-restart-kinds": lambda: kinds("countdown"),
     "restarts-unjudged": unjudged,
@@ -396,9 +398,9 @@ def draw_restarts(plt):
             points = [[sum(x) / len(x) for x in zip(*groups[key])] for key in sorted(groups)]
             ax.plot(*zip(*points), color=color, label=label, marker="o", ms=4, lw=1.2)
         (within,) = tries[file].values()
-        points = [[sum(row[f"{key}_{2**k}"] for row in within) / len(within) for key in ("nfe", "within")] for k in range(7)]
-        x, y = zip(*points)
-        ax.plot(x, [100 * share for share in y], color="tab:green", label="1 to 64 tries", marker="s", ms=4, lw=1.2)
+        x, y = ([sum(row[f"{key}_{2**k}"] for row in within) for k in range(7)] for key in ("nfe", "within"))
+        x, y = [loops / len(within) for loops in x], [100 * share / len(within) for share in y]
+        ax.plot(x, y, color="tab:green", label="1 to 64 tries", marker="s", ms=4, lw=1.2)
         ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("solved, %")
@@ -407,32 +409,94 @@ def draw_restarts(plt):
     fig.savefig(HERE / "sudoku-restarts.png", dpi=130)
 
 
-def draw_recursion(plt):
-    """One denoising step of the shipped model on one puzzle, read off after every second loop."""
+def board(ax, digits, sure, colors, title):
+    """A Sudoku: digits (81,), cells the greener the surer they are (81,), nan = white; a color for each digit."""
+    ax.clear()
+    ax.imshow(sure.view(9, 9), cmap="YlGn", vmin=0.1, vmax=1.4)
+    for i, (digit, color) in enumerate(zip(digits.tolist(), colors)):
+        ax.text(i % 9, i // 9, digit, ha="center", va="center", color=color, weight="bold" if color == "gray" else None)
+    for k in (2.5, 5.5):
+        ax.axhline(k, color="black", lw=0.8), ax.axvline(k, color="black", lw=0.8)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=10)
+
+
+def shipped(name):
     sys.path.insert(0, str(HERE.parent))
+    import rmdm
+
+    return rmdm, rmdm.load(HERE.parent / "weights" / f"{name}.pt")
+
+
+def draw_recursion(plt):
+    """One denoising step of the ten-minute model on one puzzle, read off after every second loop."""
+    rmdm, model = shipped("sudoku-short")
     import torch
 
-    import rmdm
-    import train_sudoku
-
-    model = rmdm.load(HERE.parent / "weights" / "sudoku-small.pt")
-    x, L = torch.from_numpy(train_sudoku.parse(PUZZLE)).long()[None], model.config.loops
+    x, L = torch.tensor([[int(c) for c in PUZZLE.replace(".", "0")]]), model.config.loops
     with torch.no_grad():
         sure, digit = model(x, torch.ones(1), supervise="all")[0][:, 0].softmax(-1).max(-1)
     blank = x[0] == rmdm.MASK
     fig, axes = plt.subplots(2, 4, figsize=(11, 6))
     for l, ax in zip(range(L // 8 - 1, L, L // 8), axes.flat):
-        ax.imshow(torch.where(blank, sure[l], math.nan).view(9, 9), cmap="YlGn", vmin=0.1, vmax=1.4)
-        for i in range(81):
-            final = dict(color="black" if digit[l, i] == digit[-1, i] else "crimson")
-            style = final if blank[i] else dict(color="gray", weight="bold")
-            ax.text(i % 9, i // 9, int(digit[l, i] if blank[i] else x[0, i]), ha="center", va="center", **style)
-        for k in (2.5, 5.5):
-            ax.axhline(k, color="black", lw=0.8), ax.axvline(k, color="black", lw=0.8)
-        certain = int((sure[l, blank] >= 0.9).sum())
-        ax.set(xticks=[], yticks=[], title=f"loop {l + 1}: {certain} of {int(blank.sum())} over 90%")
+        right = digit[l] == digit[-1]
+        colors = [("black" if ok else "crimson") if free else "gray" for ok, free in zip(right, blank)]
+        title = f"loop {l + 1}: {int((sure[l, blank] >= 0.9).sum())} of {int(blank.sum())} over 90%"
+        board(ax, torch.where(blank, digit[l], x[0]), torch.where(blank, sure[l], math.nan), colors, title)
     fig.tight_layout()
     fig.savefig(HERE / "sudoku-recursion.png", dpi=110)
+
+
+def draw_solving(plt):
+    """A picture that moves: loops within steps, a try that fails, and the first that succeeds."""
+    rmdm, model = shipped("sudoku-long")
+    import torch
+    from PIL import Image
+
+    import train_sudoku
+
+    class Watched(rmdm.RMDM):
+        def states(self, *args, **how):
+            self.seen.append([])  # the states of one step more
+            for h in super().states(*args, **how):
+                self.seen[-1].append(h)
+                yield h
+
+    model.__class__, puzzle = Watched, train_sudoku.parse(HARD)
+    x, generator = torch.from_numpy(puzzle).long()[None], torch.Generator().manual_seed(0)
+    blank, frames, (fig, ax) = x[0] == rmdm.MASK, [], plt.subplots(figsize=(3.4, 3.7), dpi=80)
+
+    def frame(x, masked, h, title, milliseconds, wrong=False):
+        with torch.no_grad():
+            sure, digit = model.decode(h).softmax(-1)[0].max(-1)
+        colors = ["gray" if not free else "0.6" if hidden else "black" for free, hidden in zip(blank, masked)]
+        if wrong:  # in red, what stands twice in a row, column or box
+            for unit in torch.from_numpy(train_sudoku.UNITS):
+                for i in (i for i in unit if (x[unit] == x[i]).sum() > 1):
+                    colors[i] = "crimson"
+        board(ax, torch.where(masked, digit, x), torch.where(masked, sure, math.nan), colors, title)
+        fig.canvas.draw()
+        image = Image.frombytes("RGBA", fig.canvas.get_width_height(), fig.canvas.buffer_rgba().tobytes())
+        frames.append((image.convert("RGB").quantize(48), milliseconds))
+
+    for k in range(64):
+        model.seen, before, noise = [], x[0], 0.3 if k else 0.0
+        out = rmdm.sample(model, x, steps=81, threshold=0.99, noise=noise, generator=generator, trace=True)
+        right = train_sudoku.accept(puzzle[None], out.x.numpy())[0]
+        if k and not right:
+            continue
+        for n, (step, states) in enumerate(zip(out.trace, model.seen), 1):
+            masked = before == rmdm.MASK
+            for l in (1, 2, 3, 4, 6, 8, 12, 16) if n <= 2 else (16,):
+                frame(before, masked, states[l], f"try {k + 1}, step {n}, loop {l}", 220)
+            before = step["x"][0]
+        title = f"try {k + 1}: {'solved' if right else 'it breaks a rule: once more'}"
+        frame(before, before == rmdm.MASK, states[-1], title, 2500, not right)
+        if right:
+            break
+    images, times = zip(*frames)
+    how = dict(save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)
+    images[0].save(HERE / "sudoku-solving.gif", **how)
 
 
 def draw_attention(plt):
@@ -484,6 +548,7 @@ def main():
         draw_depth(plt)
         draw_restarts(plt)
         draw_recursion(plt)
+        draw_solving(plt)
         draw_attention(plt)
     else:
         for name, make in TABLES.items():

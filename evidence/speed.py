@@ -92,7 +92,7 @@ def main():
     print(json.dumps(dict(kind="about", torch=torch.__version__, threads=torch.get_num_threads())), flush=True)
     (preset, training, _) = train_sudoku.PRESETS["short"]
     size = training.batch
-    model = rmdm.load(Path(__file__).parents[1] / "weights" / "sudoku-small.pt")
+    model = rmdm.load(Path(__file__).parents[1] / "weights" / "sudoku-short.pt")
     models = {f"{L} loops": rmdm.RMDM(replace(preset, loops=L)) for L in (8, 4, 16)}
     models["8 layers of their own, no loops"] = Plain(replace(preset, loops=8))
     rmdm.Layer = EncoderLayer
