@@ -105,7 +105,7 @@ class Config:
     width: int = 64  # d: what a CPU trains in minutes
     heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider is faster on a CPU
     layers: int = 1  # K: layers of the shared block
-    loops: int = 8  # L: loops in training (the largest, if drawn) and, by default, in sampling
+    loops: int = 8  # L: loops in training (the largest, if drawn; not with carry) and, by default, in sampling
     head_layers: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
     tail_layers: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
     time: bool = False  # t enters f, eq. (2); off, since the number of MASKs tells t
@@ -239,19 +239,19 @@ class RMDM(nn.Module):
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
             h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
-        h, first = h0, torch.zeros_like(x_t[:, 0])
+        h, before = h0, torch.zeros_like(x_t[:, 0])  # before: the loops that an example has had
         if carried is not None:
-            h, first = torch.where((carried[1] > 0)[:, None, None], carried[0], h0), carried[1]
+            h, before = torch.where((carried[1] > 0)[:, None, None], carried[0], h0), carried[1]
         go = yield h
         for l in range(1, loops + 1):
             if go is not None:
-                h, h0, t, first = h[go], h0[go], t[go], first[go]
+                h, h0, t, before = h[go], h0[go], t[go], before[go]
             grad = torch.is_grad_enabled() and (not grad_loops or l > loops - grad_loops)
             with torch.set_grad_enabled(grad):
                 if c.time:
                     h = h + self.embed_time(t)
                 if c.loop_embedding:
-                    h = h + self.v((first + l).clamp(max=c.loops) - 1)[:, None]  # h^{l-1} + v^l
+                    h = h + self.v((before + l).clamp(max=c.loops) - 1)[:, None]  # h^{l-1} + v^l
                 if c.inject:
                     h = h + h0
                 h = self.loop_norm(h)  # Norm(h^{l-1} + v^l), with what was added to it

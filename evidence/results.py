@@ -389,8 +389,8 @@ def draw_restarts(plt):
     for ax, file in zip(axes, ("kaggle3m", "magictour1465")):
         rows = [row for at in curves[file].values() for row in at]
         for color, label, by, keep in (
-            ("tab:blue", "one try, T = 1 to 81 steps of 16 loops", "steps", lambda row: row["loops"] == 16),
-            ("tab:orange", "one try, T = 20 steps of 4 to 128 loops", "loops", lambda row: row["steps"] == 20),
+            ("tab:blue", "one try, 1 to 20 steps of 32 loops", "steps", lambda row: row["loops"] == 32),
+            ("tab:orange", "one try, 5 steps of 4 to 128 loops", "loops", lambda row: row["steps"] == 5),
         ):
             groups = {}
             for row in filter(keep, rows):
@@ -400,7 +400,7 @@ def draw_restarts(plt):
         (within,) = tries[file].values()
         x, y = ([sum(row[f"{key}_{2**k}"] for row in within) for k in range(7)] for key in ("nfe", "within"))
         x, y = [loops / len(within) for loops in x], [100 * share / len(within) for share in y]
-        ax.plot(x, y, color="tab:green", label="1 to 64 tries", marker="s", ms=4, lw=1.2)
+        ax.plot(x, y, color="tab:green", label="1 to 64 tries of 32 loops a step, threshold 0.99", marker="s", ms=4, lw=1.2)
         ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("solved, %")

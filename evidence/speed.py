@@ -9,6 +9,7 @@ Times are CPU time, which others on the machine disturb less; on one thread of a
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,14 +49,16 @@ class EncoderLayer(nn.TransformerEncoderLayer):
         return super().forward(h)
 
 
-def training_step(model, size, loops=None, grad_loops=0):
-    """A function that does a step as rmdm.train does, on random tokens."""
+def training_step(model, size, loops=None, grad_loops=0, context=rmdm.autocast):
+    """A function that does a step as rmdm.train does, on random tokens; in float32 with context=nullcontext."""
     c, g, optimizers = model.config, torch.Generator().manual_seed(0), rmdm.make_optimizers(model, rmdm.TrainConfig())
     x0 = torch.randint(1, c.vocab, (size, len(c.coords)), generator=g)
     how = dict(editable=torch.ones_like(x0, dtype=torch.bool), loops=loops, grad_loops=grad_loops, generator=g)
 
     def step():
-        rmdm.loss(model, x0, **how)[0].backward()
+        with context(torch.device("cpu")):
+            value, _ = rmdm.loss(model, x0, **how)
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()
@@ -95,9 +98,14 @@ def main():
     model = rmdm.load(Path(__file__).parents[1] / "weights" / "sudoku-short.pt")
     models = {f"{L} loops": rmdm.RMDM(replace(preset, loops=L)) for L in (8, 4, 16)}
     models["8 layers of their own, no loops"] = Plain(replace(preset, loops=8))
-    rmdm.Layer = EncoderLayer
+    layer, rmdm.Layer = rmdm.Layer, EncoderLayer
     models["8 loops, torch's TransformerEncoderLayer"] = rmdm.RMDM(replace(preset, loops=8))
+    rmdm.Layer = layer
     jobs = {name: training_step(model, size) for name, model in models.items()}
+    wide = rmdm.RMDM(replace(preset, loops=8, width=128, heads=4))
+    jobs |= {"8 loops, d = 128": training_step(wide, size)}
+    for name, other in (("8 loops", models["8 loops"]), ("8 loops, d = 128", wide)):
+        jobs[f"{name}, float32"] = training_step(other, size, context=nullcontext)
     jobs["12 loops, the last 8 with gradient: the preset's mean"] = training_step(models["16 loops"], size, 12, 8)
     memory = {name: kept(job) for name, job in jobs.items()}  # this warms up, too
     times = in_turns(15, jobs)
