@@ -400,7 +400,8 @@ def draw_restarts(plt):
         (within,) = tries[file].values()
         x, y = ([sum(row[f"{key}_{2**k}"] for row in within) for k in range(7)] for key in ("nfe", "within"))
         x, y = [loops / len(within) for loops in x], [100 * share / len(within) for share in y]
-        ax.plot(x, y, color="tab:green", label="1 to 64 tries of 32 loops a step, threshold 0.99", marker="s", ms=4, lw=1.2)
+        label = "1 to 64 tries of 32 loops a step, threshold 0.99"
+        ax.plot(x, y, color="tab:green", label=label, marker="s", ms=4, lw=1.2)
         ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("solved, %")
