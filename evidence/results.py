@@ -230,10 +230,12 @@ def restarts(models, steps, limits):
         at, found = first_tries(log), first_tries(f"{log}-tries")
         for file in found:
             (within,) = found[file].values()
-            parts = [[(100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in within] for n in limits]
-            parts = [f"{spread(shares)} ({spread(loops, 0)})" for shares, loops in (zip(*part) for part in parts)]
-            first = (spread(map(solved, at[file][T])) for T in steps)
-            rows.append((name, file, within[0]["n"], *first, *parts))
+            cells = [spread(map(solved, at[file][T])) for T in steps]
+            for n in limits:
+                seeds = [row for row in within if n <= row["max_tries"]]  # so many tries may be of one seed alone
+                shares, loops = zip(*((100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in seeds))
+                cells.append(f"{spread(shares)} ({spread(loops, 0)})")
+            rows.append((name, file, within[0]["n"], *cells))
     titles = (f"within {n} (loops)" if n > 1 else "one try (loops)" for n in limits)
     head = "model", "set", "n", *(f"T={T}" for T in steps), *titles
     return table(head, rows)
