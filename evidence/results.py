@@ -19,6 +19,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import correlation
 
 HERE = Path(__file__).parent
 LOGS = HERE / "logs"
@@ -198,6 +199,39 @@ def noise(found, loops):
     return table(("model", "after loop", *(f"t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))), rows)
 
 
+def spearman(pairs):
+    """The rank correlation of (x, y) pairs, ties at their mean rank."""
+    x, y = ([sum(v < w for v in values) + sum(v == w for v in values) / 2 for w in values] for values in zip(*pairs))
+    return correlation(x, y)
+
+
+def likelihood():
+    """Does a lower NELBO mean more solved? All logged models that have both, each seed one."""
+
+    def pairs(names, solved, keep=lambda model: True):
+        models = [model for name in names for seeds in runs(name) for model in seeds if "nelbo" in model and keep(model)]
+        return [(-model["nelbo"], solved(model)) for model in models]
+
+    def kaggle(model):
+        return model["at"]["kaggle3m", 81]["exact"]
+
+    def plain(model):
+        return not (model["inject"] or model["coord_bias"])
+
+    sudoku = "sudoku-depth", "sudoku-choices", "sudoku-cpu", "sudoku-today"
+    countdown = "countdown-depth", "countdown-choices", "countdown-looping"
+    groups = {
+        "Sudoku, plain form": pairs(sudoku, kaggle, plain),
+        "Sudoku, with injection or bias": pairs(sudoku, kaggle, lambda model: not plain(model)),
+        "Sudoku, all": pairs(sudoku, kaggle),
+        "Countdown, layers and loops": pairs(countdown[:1], TESTS["operands, T=34"]),
+        "Countdown, looping a part": pairs(countdown[2:], TESTS["operands, T=34"]),
+        "Countdown, all": pairs(countdown, TESTS["operands, T=34"]),
+    }
+    rows = [(name, len(found), f"{spearman(found):.2f}") for name, found in groups.items()]
+    return table(("models", "n", "rank correlation"), rows)
+
+
 def classical():
     rows, shares = lines(LOGS / "sudoku-classical.jsonl"), ("naked singles", "naked and hidden singles", "search")
     rows = [row | {key: f"{100 * row[key]:.1f}" for key in shares} for row in rows]
@@ -303,6 +337,7 @@ TABLES = {
     "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
     "sudoku-carry": carry,
+    "likelihood": likelihood,
     "sudoku-classical": classical,
     "sudoku-depth": lambda: compare(depth(), SIZE | NELBO | exact("ye2024_test", 1, 5) | KAGGLE),
     "sudoku-loops": lambda: pivot("sudoku-loops sudoku-plain-loops", {"model": model, "L": "loops"}),
