@@ -209,7 +209,7 @@ def likelihood():
     """Does a lower NELBO mean more solved? All logged models that have both, each seed one."""
 
     def pairs(names, solved, keep=lambda model: True):
-        models = [model for name in names for seeds in runs(name) for model in seeds if "nelbo" in model and keep(model)]
+        models = (model for name in names for seeds in runs(name) for model in seeds if keep(model))
         return [(-model["nelbo"], solved(model)) for model in models]
 
     def kaggle(model):
