@@ -996,7 +996,7 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles, monkeypatch):
     train = ("--puzzles", 8, "--device", "cpu", "--set", *SMALL)
     assert cli(sudoku, *train) == (130, "", "stopped") and state(Path("runs/sudoku"))[0] == 0
     code, out, _ = cli(sudoku, *train, "--resume")
-    assert code == 0 and "T=81" in out and re.findall(r"L=(\d+)", out)[:2] == ["1", "2"]
+    assert code == 0 and "T=81" in out and re.findall(r"L=(\d+)", out)[:2] == ["2", "4"]
     assert cli(sudoku, *train, "--resume")[1] == out and len(calls) == 4  # a finished run reports once more
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1].split()
     code, out, _ = cli(sample, *command, "--tries", 2, "--steps", 9, "--noise", 1)
