@@ -24,7 +24,7 @@ from statistics import correlation
 HERE = Path(__file__).parent
 LOGS = HERE / "logs"
 PUZZLE = "...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976"  # by generate(256, 123)
-HARD = "800000000003600000070090200050007000000045700000100030001000068008500010090000400"  # Arto Inkala's, 2012
+HARD = "100000002090400050006000700050903000000070000000850040700000600030009080002000001"  # "Easter Monster"
 
 # ---- logs ----
 
@@ -199,6 +199,21 @@ def noise(found, loops):
     return table(("model", "after loop", *(f"t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))), rows)
 
 
+def attention():
+    """What evidence/attention.py printed: the share that goes to other masked positions, by loop."""
+    found, loops = {}, (1, 2, 3, 4, 8, 16)
+    for row in (row for task in ("sudoku", "countdown") for row in lines(LOGS / f"attention-{task}-seed0.jsonl")):
+        found.setdefault((row["task"], row["t"]), []).append(row)
+    body = []
+    for (task, t), rows in found.items():
+        at = {row["loop"]: row for row in rows}
+        shares = (f"{at[l]['masked']:.2f}" if l in at else "" for l in loops)
+        nats = f"{rows[0]['ce']:.2f}, {rows[-1]['ce']:.2f}"
+        body.append((task, t, *shares, f"{rows[0]['uniform']['masked']:.2f}", nats))
+    head = "task", "t", *(f"loop {l}" for l in loops), "uniform", "nats after the first and the last loop"
+    return table(head, body)
+
+
 def spearman(pairs):
     """The rank correlation of (x, y) pairs, ties at their mean rank."""
     x, y = ([sum(v < w for v in values) + sum(v == w for v in values) / 2 for w in values] for values in zip(*pairs))
@@ -264,7 +279,7 @@ def restarts(models, steps, limits):
         at, found = first_tries(log), first_tries(f"{log}-tries")
         for file in found:
             (within,) = found[file].values()
-            cells = [spread(map(solved, at[file][T])) for T in steps]
+            cells = [spread(map(solved, at[file][T])) if T in at[file] else "" for T in steps]
             for n in limits:
                 seeds = [row for row in within if n <= row["max_tries"]]  # so many tries may be of one seed alone
                 shares, loops = zip(*((100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in seeds))
@@ -337,6 +352,7 @@ TABLES = {
     "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
     "sudoku-carry": carry,
+    "attention": attention,
     "likelihood": likelihood,
     "sudoku-classical": classical,
     "sudoku-depth": lambda: compare(depth(), SIZE | NELBO | exact("ye2024_test", 1, 5) | KAGGLE),
@@ -507,7 +523,8 @@ def draw_solving(plt):
     def frame(x, masked, h, title, milliseconds, wrong=False):
         with torch.no_grad():
             sure, digit = model.decode(h).softmax(-1)[0].max(-1)
-        colors = ["gray" if not free else "0.6" if hidden else "black" for free, hidden in zip(blank, masked)]
+        guess = ["white" if p > 0.75 else "0.35" for p in sure]
+        colors = ["gray" if not blank[i] else guess[i] if masked[i] else "black" for i in range(81)]
         if wrong:  # in red, what stands twice in a row, column or box
             for unit in torch.from_numpy(train_sudoku.UNITS):
                 for i in (i for i in unit if (x[unit] == x[i]).sum() > 1):
@@ -537,34 +554,6 @@ def draw_solving(plt):
     images[0].save(HERE / "sudoku-solving.gif", **how)
 
 
-def draw_attention(plt):
-    """By loop, what masked positions give of their attention to other masked ones; dashed, if it were uniform."""
-    forms, found = ("the paper's form", "ours", "LoopMDM's form"), {}
-    for row in (row for path in sorted(LOGS.glob("attention-*-seed*.jsonl")) for row in lines(path)):
-        form = forms[2 if row["head_layers"] + row["tail_layers"] else int(row["inject"])]
-        if row["part"] == "loop":
-            at = found.setdefault((row["task"], form), {}).setdefault(row["t"], {}).setdefault(row["loop"], [])
-            at.append((row["masked"], row["uniform"]["masked"], row["ce"]))  # one a seed
-    fig, axes = plt.subplots(2, 3, figsize=(10, 6), sharex="row", sharey="row")
-    for ax, (task, form) in zip(axes.flat, ((task, form) for task in ("sudoku", "countdown") for form in forms)):
-        for color, t in zip(plt.cm.viridis((0, 0.45, 0.8)), (0.5, 0.9, 1.0)):
-            at = found.get((task, form), {}).get(t, {})
-            means = [[sum(x) / len(x) for x in zip(*at[l])] for l in sorted(at)]
-            for (i, ls), label in zip(((0, "-"), (1, "--")), (f"t={t}", None)):
-                ax.plot(sorted(at), [mean[i] for mean in means], ls, color=color, label=label, lw=1.4)
-        nats = f"\n{means[0][2]:.2f} nats at t=1 after loop 1, {means[-1][2]:.2f} at the end" if means else ""
-        ax.set_title(f"{task.title()}, {form}{nats}", fontsize=9)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes[:, 0]:
-        ax.set_ylim(0)
-    fig.supxlabel("loop", fontsize=10)
-    fig.supylabel("share of attention to other masked positions", fontsize=10)
-    axes[0, 1].legend(frameon=False, fontsize=8, loc="lower right")
-    fig.tight_layout()
-    fig.savefig(HERE / "attention.png", dpi=130)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -587,7 +576,6 @@ def main():
         draw_restarts(plt)
         draw_recursion(plt)
         draw_solving(plt)
-        draw_attention(plt)
     else:
         for name, make in TABLES.items():
             print(f"\n{name}\n\n{make()}")
