@@ -279,7 +279,7 @@ def restarts(models, steps, limits):
         at, found = first_tries(log), first_tries(f"{log}-tries")
         for file in found:
             (within,) = found[file].values()
-            cells = [spread(map(solved, at[file][T])) if T in at[file] else "" for T in steps]
+            cells = [spread(map(solved, at[file][T])) if T in at.get(file, {}) else "" for T in steps]
             for n in limits:
                 seeds = [row for row in within if n <= row["max_tries"]]  # so many tries may be of one seed alone
                 shares, loops = zip(*((100 * row[f"within_{n}"], row[f"nfe_{n}"]) for row in seeds))
@@ -442,34 +442,6 @@ def draw_depth(plt):
     fig.savefig(HERE / "sudoku-depth.png", dpi=130)
 
 
-def draw_restarts(plt):
-    """Three ways to spend loops on one puzzle: steps, loops a step, and further tries."""
-    curves, tries = first_tries("sudoku-short-curves"), first_tries("sudoku-short-tries")
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for ax, file in zip(axes, ("kaggle3m", "magictour1465")):
-        rows = [row for at in curves[file].values() for row in at]
-        for color, label, by, keep in (
-            ("tab:blue", "one try, 1 to 20 steps of 32 loops", "steps", lambda row: row["loops"] == 32),
-            ("tab:orange", "one try, 5 steps of 4 to 128 loops", "loops", lambda row: row["steps"] == 5),
-        ):
-            groups = {}
-            for row in filter(keep, rows):
-                groups.setdefault(row[by], []).append((row["nfe"], 100 * row["exact"]))
-            points = [[sum(x) / len(x) for x in zip(*groups[key])] for key in sorted(groups)]
-            ax.plot(*zip(*points), color=color, label=label, marker="o", ms=4, lw=1.2)
-        (within,) = tries[file].values()
-        x, y = ([sum(row[f"{key}_{2**k}"] for row in within) for k in range(7)] for key in ("nfe", "within"))
-        x, y = [loops / len(within) for loops in x], [100 * share / len(within) for share in y]
-        label = "1 to 64 tries of 32 loops a step, threshold 0.99"
-        ax.plot(x, y, color="tab:green", label=label, marker="s", ms=4, lw=1.2)
-        ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("solved, %")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
-    fig.tight_layout()
-    fig.savefig(HERE / "sudoku-restarts.png", dpi=130)
-
-
 def board(ax, digits, sure, colors, title):
     """A Sudoku: digits (81,), cells the greener the surer they are (81,), nan = white; a color for each digit."""
     ax.clear()
@@ -580,7 +552,6 @@ def main():
         import matplotlib.pyplot as plt
 
         draw_depth(plt)
-        draw_restarts(plt)
         draw_recursion(plt)
         draw_solving(plt)
     else:
