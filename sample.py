@@ -31,8 +31,7 @@ from rmdm import MASK, BadInput
 
 # What a task brings: CHARS, LINE, SCORE, parse, read_file, start, score, check, evaluate, name and draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
-WEIGHTS = {"sudoku": "sudoku-long.pt", "countdown": "countdown-small.pt"}
-WEIGHTS = {task: Path(__file__).parent / "weights" / name for task, name in WEIGHTS.items()}
+WEIGHTS = {81: "sudoku-long.pt", 4: "countdown-3.pt", 5: "countdown-4.pt"}  # by the length of a problem
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
 
@@ -165,14 +164,20 @@ def measure(task, model, path, by, **how):
                         old[key] = None if weighted is None else old[key] + weighted
                     old["n"] += n
                 bar.update(n)
-    if not sums:
-        raise BadInput(f"{path}: no problem in it")
     sums = sums | {None: sums.pop(None)}  # last
     whole = ("n", "seconds")
     return {
         group: {key: x if key in whole or x is None else x / score["n"] for key, x in score.items()}
         for group, score in sums.items()
     }
+
+
+def load(args, problem):
+    """The checkpoint for such a problem, as named or one that comes along, and its model."""
+    if args.checkpoint is None and len(problem) not in WEIGHTS:
+        raise BadInput(f"no weights for {len(problem) - 1} operands come along: train some, name them by --checkpoint")
+    checkpoint = args.checkpoint or Path(__file__).parent / "weights" / WEIGHTS[len(problem)]
+    return checkpoint, rmdm.load(checkpoint, args.device, args.task)
 
 
 def main():
@@ -198,34 +203,38 @@ def main():
     add("--json", action="store_true", help="with --data: one JSON object a line")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     args = parser.parse_intermixed_args()
-    device, task = rmdm.pick_device(args.device), TASKS[args.task]
-    checkpoint = WEIGHTS[args.task] if args.checkpoint is None else args.checkpoint
-    model = rmdm.load(checkpoint, device, args.task)
-    args.steps = str(len(model.config.coords)) if args.steps is None else args.steps
-    if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", args.steps):
+    args.device, task = rmdm.pick_device(args.device), TASKS[args.task]
+    if args.steps is not None and not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", args.steps):
         raise BadInput(f"--steps is a number, or several with commas, not {args.steps[:40]!r}")
     if not 0 <= args.seed < 2**32:
         raise BadInput("--seed is from 0 to below 2**32")
-    steps = [int(T) for T in args.steps.split(",")]
+    steps = [int(T) for T in args.steps.split(",")] if args.steps else []
     if not args.data:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
         args.tries = 32 if args.tries is None else args.tries
         args.threshold = 0.99 if args.threshold is None and args.order != "ancestral" else args.threshold
     names = ("loops", "eps", "order", "threshold", "temperature", "noise")
     how = dict(tries=1 if args.tries is None else args.tries) | {name: getattr(args, name) for name in names}
-    seeded = dict(generator=torch.Generator(device).manual_seed(args.seed))
+    seeded = dict(generator=torch.Generator(args.device).manual_seed(args.seed))
     if not args.data:
         if args.by is not None or args.json or len(steps) > 1:
             raise BadInput("--by, --json and several --steps need --data")
-        return 0 if solve(task, model, read(task, args.problem), args.show, steps=steps[0], **how, **seeded) else 1
+        problems = read(task, args.problem)
+        _, model = load(args, problems[0])
+        steps = steps[0] if steps else len(model.config.coords)
+        return 0 if solve(task, model, problems, args.show, steps=steps, **how, **seeded) else 1
     if args.problem or args.show:
         raise BadInput("--data takes no problem and no --show")
-    for path, T in itertools.product(args.data, steps):
-        for group, score in measure(task, model, path, args.by, steps=T, **how, **seeded).items():
-            about = dict(file=path, group=group, checkpoint=str(checkpoint), steps=T)
-            about |= how | dict(loops=how["loops"] or model.config.loops, max_tries=how["tries"]) | score
-            if args.json:
-                print(json.dumps(about), flush=True)
-            else:
+    for path in args.data:
+        if (first := next(task.read_file(path), None)) is None:
+            raise BadInput(f"{path}: no problem in it")
+        checkpoint, model = load(args, first[0])
+        for T in steps or [len(model.config.coords)]:
+            for group, score in measure(task, model, path, args.by, steps=T, **how, **seeded).items():
+                about = dict(file=path, group=group, checkpoint=str(checkpoint), steps=T)
+                about |= how | dict(loops=how["loops"] or model.config.loops, max_tries=how["tries"]) | score
+                if args.json:
+                    print(json.dumps(about), flush=True)
+                    continue
                 keys = [key for key in (task.SCORE, "valid", "first", "cell") if score.get(key) is not None]
                 shares = [f"{key} {100 * score[key]:.1f}%" for key in keys]
                 cost = f"tries {score['tries']:.2f}  nfe {score['nfe']:.1f}  {score['seconds']:.1f} s"

@@ -1041,7 +1041,7 @@ def test_the_countdown_commands_end_to_end(cli):
 
 
 @pytest.mark.parametrize("module, form, size", [(sudoku, sudoku.PRESETS["paper"][:2], "--puzzles=20"),
-                                                (countdown, countdown.preset(3, True), "--problems=500")])  # fmt: skip
+                                                (countdown, countdown.presets(3)["paper"][:2], "--problems=500")])  # fmt: skip
 def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, form, size):
     config, training = form
     assert not (config.inject or config.coord_bias or training.grad_loops or training.muon or config.head_layers)
@@ -1521,7 +1521,7 @@ BAD = {
     (sample, "noise.bin: not a text file"): ["sudoku noise.bin"],
     (sample, "noise.bin: damaged, or not written by rmdm"): ["sudoku --checkpoint noise.bin"],
     (sample, "several --steps need --data"): [f"sudoku {EASY} --steps 1,5"],
-    (sample, "for 3 operands, not 4"): [f"countdown 1,2,3,4,50 --checkpoint {HERE}/weights/countdown-small.pt"],
+    (sample, "for 3 operands, not 4"): [f"countdown 1,2,3,4,50 --checkpoint {HERE}/weights/countdown-3.pt"],
 }  # fmt: skip
 
 

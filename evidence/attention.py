@@ -1,7 +1,7 @@
 """Whom do masked positions attend to? Shares of their attention after each loop, beside those of uniform attention.
 
     python evidence/attention.py sudoku weights/sudoku-short.pt RUN ..      # weights or runs, all of one --seed
-    python evidence/attention.py countdown weights/countdown-small.pt RUN ..
+    python evidence/attention.py countdown weights/countdown-3.pt RUN ..
 
 The problems are those that the training with this seed held out. Prints a JSON line for each checkpoint, t and loop:
 the share of attention, in the mean over masked queries, heads and layers, that goes to

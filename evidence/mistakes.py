@@ -1,8 +1,7 @@
 """What goes wrong in Countdown: search or arithmetic? First mistakes by kind, and whether answers begin well.
 
-    python evidence/mistakes.py                                  # the weights that come along, problems held out
-    python evidence/mistakes.py --checkpoint RUN --seed 1        # a run of your own, of that seed
-    python evidence/mistakes.py --data countdown_cd3.jsonl       # the problems of a file
+    python evidence/mistakes.py weights/countdown-3.pt              # weights or a run, of that --seed
+    python evidence/mistakes.py RUN --data countdown_cd3.jsonl      # the problems of a file
 
 Without --data the problems are those that the training with this seed held out. Prints one JSON object for each set
 of problems, with shares of all answers: `solved`; `begins well`, the left side of the first equation is that of a
@@ -66,8 +65,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    weights = Path(__file__).parents[1] / "weights" / "countdown-small.pt"
-    parser.add_argument("--checkpoint", metavar="FILE_OR_RUN", default=weights, help="default: the weights here")
+    parser.add_argument("checkpoint", metavar="FILE_OR_RUN")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument("--data", metavar="FILE", help="take the problems from this file")
     parser.add_argument("--steps", type=int, metavar="T", help="denoising steps; default: one token a step")

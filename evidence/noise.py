@@ -1,8 +1,7 @@
 """Where do the loops help? The cross-entropy after each loop, by the share of the answer that is masked.
 
-    python evidence/noise.py sudoku                                   # the weights that come along
-    python evidence/noise.py countdown --checkpoint RUN --seed 1      # a run of your own, of that seed
-    python evidence/noise.py sudoku --data puzzles.csv                # problems of a file, with solutions
+    python evidence/noise.py sudoku weights/sudoku-short.pt             # weights or a run, of that --seed
+    python evidence/noise.py countdown RUN --data problems.jsonl        # problems of a file, with solutions
 
 Without --data the problems are those that the training with this seed held out. Prints one JSON object, and a table
 on standard error: a row a loop, a column a share t, nats a token that is masked on average. By eq. (3) the integral
@@ -21,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import rmdm
 import train_countdown
 import train_sudoku
-from sample import WEIGHTS
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -51,13 +49,12 @@ def main():
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=("sudoku", "countdown"))
-    parser.add_argument("--checkpoint", metavar="FILE_OR_RUN", help="default: the weights that come along")
+    parser.add_argument("checkpoint", metavar="FILE_OR_RUN")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument("--data", metavar="FILE", help="take the problems from this file")
     args = parser.parse_args()
     task = {"sudoku": train_sudoku, "countdown": train_countdown}[args.task]
-    checkpoint = args.checkpoint or WEIGHTS[args.task]
-    model = rmdm.load(checkpoint, task=args.task)
+    model = rmdm.load(args.checkpoint, task=args.task)
     if args.data:
         rows = [(problem, solution) for problem, solution, _ in task.read_file(args.data) if solution.any()]
         if not rows:
@@ -68,7 +65,7 @@ def main():
     _, editable = task.start(model, problems)
     x0 = torch.from_numpy(solutions if task is train_sudoku else task.encode(problems, solutions)).long()
     nats = by_noise(model, x0, editable)
-    print(json.dumps(dict(checkpoint=str(checkpoint), data=args.data, n=len(x0), nats=nats)), flush=True)
+    print(json.dumps(dict(checkpoint=args.checkpoint, data=args.data, n=len(x0), nats=nats)), flush=True)
     print("      " + "".join(f"{f't={t}':>8}" for t in nats), file=sys.stderr)
     for l, row in enumerate(zip(*nats.values()), 1):
         print(f"L={l:<4}" + "".join(f"{x:8.3f}" for x in row), file=sys.stderr)

@@ -461,6 +461,33 @@ def shipped(name):
     return rmdm, rmdm.load(HERE.parent / "weights" / f"{name}.pt")
 
 
+def draw_restarts(plt):
+    """Three ways to spend loops on one puzzle: steps, loops a step, and further tries."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for ax, file in zip(axes, ("kaggle3m", "magictour1465")):
+        rows = [row for seed in (0, 1) for row in scores(LOGS / f"sudoku-short-curves-seed{seed}-eval.jsonl")]
+        (tries,) = first_tries("sudoku-short-tries")[file].values()
+        for color, label, by, found in (
+            ("tab:blue", "one try: 1 to 20 steps of 32 loops", "steps", [row for row in rows if row["loops"] == 32]),
+            ("tab:orange", "one try: 5 steps of 4 to 128 loops", "loops", [row for row in rows if row["steps"] == 5]),
+            ("tab:green", "1 to 64 tries, threshold 0.99", "n", [
+                dict(file=file, n=n, nfe=row[f"nfe_{n}"], exact=row[f"within_{n}"])
+                for row in tries for n in (1, 2, 4, 8, 16, 32, 64)
+            ]),
+        ):
+            points = {}
+            for row in (row for row in found if row["file"] == file):
+                points.setdefault(row[by], []).append((row["nfe"], 100 * row["exact"]))
+            points = [[sum(x) / len(x) for x in zip(*points[key])] for key in sorted(points)]
+            ax.plot(*zip(*points), color=color, label=label, marker="o", ms=4, lw=1.2)
+        ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("solved, %")
+    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-restarts.png", dpi=110)
+
+
 def draw_recursion(plt):
     """One denoising step of the ten-minute model on one puzzle, read off after every second loop."""
     rmdm, model = shipped("sudoku-short")
@@ -552,6 +579,7 @@ def main():
         import matplotlib.pyplot as plt
 
         draw_depth(plt)
+        draw_restarts(plt)
         draw_recursion(plt)
         draw_solving(plt)
     else:
