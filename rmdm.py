@@ -627,80 +627,66 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
     not finite, and what `loss` refuses."""
     device, out = next(model.parameters()).device, Path(out)
-    cuda, path = device.type == "cuda", out / "checkpoint.pt"
-    try:  # through JSON: only plain numbers, strings and lists can be read back
-        settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
-        settings = json.loads(json.dumps(settings))
-    except TypeError as e:
-        raise BadInput(f"a setting is not a plain number or string: {e}") from e
+    settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
+    settings = json.loads(json.dumps(settings))  # as they come back from a file: plain numbers, strings, lists
     optimizers = make_optimizers(model, training)
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
-    how["loops"] = training.carry or model.config.loops
     step, seconds, flops, carried = 0, 0.0, 0, {}
+    how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
+    how |= dict(loops=training.carry, carried=carried) if training.carry else dict(loops=model.config.loops)
+
+    def note(entry, mode="a"):
+        with open(out / "log.jsonl", mode) as log:
+            print(json.dumps(entry, default=float), file=log)
+
+    def checkpoint():
+        saved = settings | dict(step=step, seconds=seconds, flops=flops, ema=ema.state_dict())
+        if step == training.steps:  # first, since with the checkpoint the run counts as finished
+            save(out / "model.pt", saved)
+        saved |= dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state())
+        save(out / "checkpoint.pt", saved | dict(carried=carried, model=model.state_dict()))
+
     if resume:
-        saved = read(path)
-        try:
-            for part, new in settings.items():
-                for key in new | saved[part]:
-                    if saved[part].get(key) != new.get(key):
-                        raise ValueError(f"begun with {key}={saved[part].get(key)}, not {new.get(key)}")
-            step = range(training.steps + 1)[saved["step"]]
-            seconds, flops = saved["seconds"] + 0.0, saved["flops"] + 0
-            model.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-                for w in optimizer.param_groups[0]["params"] if step else ():
-                    if {v.shape for v in optimizer.state[w].values() if v.ndim} != {w.shape}:
-                        raise ValueError("the state of another optimizer")
-            generator.set_state(saved["rng"])
-            carried |= {key: x.to(device) for key, x in saved["carried"].items()}
-        except Exception as e:  # a stranger's numbers can be anything
-            raise BadInput(f"{path}: cannot go on from it ({' '.join(str(e).split())[:100]})") from e
+        saved = read(out / "checkpoint.pt")
+        for part, new in settings.items():
+            for key in new | saved[part]:
+                if saved[part].get(key) != new.get(key):
+                    old = str(saved[part].get(key))[:40]
+                    raise BadInput(f"{out}: the run was begun with {key}={old}, not {str(new.get(key))[:40]}")
+        step, seconds, flops = saved["step"], saved["seconds"], saved["flops"]
+        carried |= {key: x.to(device) for key, x in saved["carried"].items()}
+        generator.set_state(saved["rng"])
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for (optimizer, _), state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
     else:
         if out.exists() and any(out.iterdir()):
             raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
         with torch.no_grad():  # one example: what cannot be trained is refused before there is a folder
-            loss(model, *batch(1, torch.Generator(device)), **how | dict(carried={}) if training.carry else how)
+            loss(model, *batch(1, torch.Generator(device)), **copy.deepcopy(how))
         out.mkdir(parents=True, exist_ok=True)
-
-    def note(entry):
-        print(json.dumps(entry, default=float), file=log, flush=True)
-
-    def checkpoint():
-        slim = settings | dict(step=step, seconds=seconds, flops=flops, ema=ema.state_dict())
-        if step == training.steps:  # first, since with the checkpoint the run counts as finished
-            save(out / "model.pt", slim)
-        states = dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state(), carried=carried)
-        save(path, slim | states | dict(model=model.state_dict()))
-
-    if not resume:
         checkpoint()
-    if training.carry:
-        how["carried"] = carried
-    log = open(out / "log.jsonl", "a" if resume else "x")  # x: of two processes in one folder the second fails
-    if not resume:  # the log's first line says what run it is of
-        where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} {platform.machine()}"
         facts = dict(step=0, parameters=sum(w.numel() for w in model.parameters()), device=where)
         facts |= dict(torch=torch.__version__, threads=torch.get_num_threads())
-        note(facts | settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords)))
-    if cuda and training.compile:
+        facts |= settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords))
+        note(facts, "x")  # x: of two processes in one folder the second fails
+    if device.type == "cuda" and training.compile:
         for layer in (*model.head, *model.block, *model.tail):
             layer.compile()  # in place: the names in a checkpoint stay as they are
     recent, clock = [], time.perf_counter()
-    with log, tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
+    with tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
         for step in bar:
-            scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
-            if 0 < training.loops_min < (loops := model.config.loops):
-                draw = torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device)
-                how["loops"] = int(draw)
+            if 0 < training.loops_min < (loops := model.config.loops):  # (7)
+                how["loops"] = int(torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(training.batch, generator)
             with autocast(device):
                 value, right = loss(model, x0, editable, generator=generator, **how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
             for optimizer, peak in optimizers:
                 optimizer.param_groups[0]["lr"] = scale * peak
                 optimizer.step()
