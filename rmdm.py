@@ -339,21 +339,21 @@ def loss(
     `RMDM.encode` and `RMDM.forward` do, and for carried without both loops and grad_loops."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    now, how = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable), dict(loops=loops, grad_loops=grad_loops)
+    how = dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
     if carried is not None:
-        if not loops or not 0 < grad_loops <= loops:
-            raise BadInput("carried examples need grad_loops, the loops of one call, and at least as many loops")
+        now = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable)
         h, l = carried.get("h", torch.zeros((), device=x0.device)), carried.get("l", torch.zeros_like(x0[:, 0]))
-        for key, new in now.items():
+        for key, new in now.items():  # l > 0: this example goes on
             now[key] = torch.where((l > 0).view(-1, *[1] * (new.ndim - 1)), carried.get(key, new), new)
-        how = dict(loops=grad_loops, carried=(h, l))
-    ce, right, h = masked_ce(model, *(now[key] for key in ("x0", "x_t", "masked", "t")), supervise=supervise, **how)
+        x0, x_t, masked, t, editable = now.values()
+        how = dict(supervise=supervise, loops=grad_loops, carried=(h, l))
+    ce, right, h = masked_ce(model, x0, x_t, masked, t, **how)
     if carried is not None:
-        done = (right | ~now["masked"]).all(1) | (l + grad_loops >= loops)
+        done = (right | ~masked).all(1) | (l + grad_loops >= loops)
         carried.update(now, h=h, l=torch.where(done, 0, l + grad_loops))
-    ce = ce * WEIGHTS[objective](now["t"])[:, None]  # (3) or (4)
-    value = ce.sum((1, 2)).mean() / now["editable"].sum().clamp(min=1)  # the mean is over loops, (5)
-    return value, right.sum() / now["masked"].sum().clamp(min=1)
+    ce = ce * WEIGHTS[objective](t)[:, None]  # (3) or (4)
+    value = ce.sum((1, 2)).mean() / editable.sum().clamp(min=1)  # the mean is over loops, (5)
+    return value, right.sum() / masked.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -405,11 +405,10 @@ class Filled:
         """What restarts are worth if `right` (B,) bool are solved: `first`, the share solved at the first try; the mean
         `tries` and `nfe`; and the share solved `within_n` tries, n = 1, 2, 4, .., with their mean loops, `nfe_n`."""
         right, nfe = torch.as_tensor(right, device=self.tries.device), self.nfe.double().mean(0).cumsum(0).tolist()
-        shares = {n: (right & (self.tries <= n)).double().mean().item() for n in range(1, len(nfe) + 1)}
-        found = dict(first=shares[1], tries=self.tries.double().mean().item(), nfe=nfe[-1])
+        found = dict(tries=self.tries.double().mean().item(), nfe=nfe[-1])
         for n in (2**k for k in range(len(nfe).bit_length())):
-            found |= {f"within_{n}": shares[n], f"nfe_{n}": nfe[n - 1]}
-        return found
+            found |= {f"within_{n}": (right & (self.tries <= n)).double().mean().item(), f"nfe_{n}": nfe[n - 1]}
+        return dict(first=found["within_1"]) | found
 
 
 @torch.no_grad()
@@ -440,7 +439,7 @@ def sample(
     if threshold is not None and order == "ancestral":
         raise BadInput("a threshold needs an order other than ancestral")
     editable = x == MASK if editable is None else editable
-    x, masked = torch.where(editable, MASK, x), editable.clone()  # not x == MASK: a MASK may be there to be kept
+    x, masked = torch.where(editable, MASK, x), editable  # not x == MASK: a MASK may be there to be kept
     passes, nfe, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
     for left in range(steps, 0, -1):
         if order == "ancestral":  # what is revealed does not depend on the network
@@ -468,9 +467,9 @@ def sample(
         passes[i] += 1
         nfe[i] += used
         if trace:
-            sure = torch.zeros(x.shape, dtype=p.dtype, device=x.device).index_copy(0, i, p.amax(-1))
-            history.append(dict(x=x.clone(), revealed=reveal, sure=sure, loops=nfe.new_zeros(len(x))))
-            history[-1]["loops"][i] = used
+            sure, spent = p.new_zeros(x.shape), nfe.new_zeros(len(x))
+            sure[i], spent[i] = p.amax(-1), used
+            history.append(dict(x=x.clone(), revealed=reveal, sure=sure, loops=spent))
     return Filled(x, passes, nfe, history)
 
 
@@ -492,11 +491,9 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
     for k in range(tries):
         for i in todo.split(batch):
             out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
-            score = torch.ones(len(i)) if judge is None else torch.as_tensor(judge(i, out.x))
-            score = score.to(best)  # its device and type
+            score = torch.as_tensor(judge(i, out.x)).to(best) if judge else torch.ones_like(best[i])
             better = score > best[i]
-            best[i] = score.maximum(best[i])
-            answer[i[better]] = out.x[better]
+            best[i[better]], answer[i[better]] = score[better], out.x[better]
             passes[i], nfe[i, k], count[i] = passes[i] + out.passes, out.nfe, k + 1
             for row in better.nonzero()[:, 0].tolist() if trace else ():
                 steps = [{key: value[row] for key, value in step.items()} for step in out.trace]
