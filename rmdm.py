@@ -53,9 +53,7 @@ class BadInput(ValueError):
 
 
 # ---- 1. Schedule and forward process ----
-
-# The schedule is these three functions of tensors. All else derives from them: another schedule is another three.
-
+# All else derives from the first three functions: another schedule is another three.
 
 def alpha(t):
     """Probability that an editable token is still visible at time t: from 1 at t = 0 to 0 at t = 1, eq. (1)."""
@@ -96,8 +94,8 @@ def corrupt(x0, t, editable, generator=None):
 class Config:
     """The model; it travels in the checkpoint.
 
-    coords: an int N for a plain sequence of N positions, or N rows of as many coordinates as there are axes,
-    integers from 0 (Sudoku: row, column, box). One embedding table an axis; a position's are summed."""
+    coords: an int N for a plain sequence, or N rows of one coordinate for each axis, integers from 0 (Sudoku: row,
+    column, box). Each axis has an embedding table; a position's embeddings are summed."""
 
     vocab: int  # V: tokens, MASK included
     coords: tuple  # fixes the length N
@@ -125,14 +123,13 @@ class Config:
 class Layer(nn.Module):
     """One bidirectional pre-norm transformer layer, (B, N, d) -> (B, N, d).
 
-    With axes > 0 a learned number for each head and axis is added to the attention logits of two positions that
-    share their coordinate on that axis, a relative position bias: same (axes, N, N), 1 where they do, else 0."""
+    With axes > 0, a relative position bias: a learned number for each head and axis is added to the attention logits
+    of two positions that share their coordinate on that axis. same (axes, N, N): 1 where they do, else 0."""
 
     def __init__(self, width, heads, axes):
         super().__init__()
         self.heads = heads
-        # Every second head begins by favouring such positions, the others by shunning them: what a lucky seed
-        # finds from random numbers, and an unlucky one does not.
+        # Every second head begins by favouring such positions, the others by shunning them, as lucky seeds learn to.
         sign = (1.0 - 2 * (torch.arange(heads) % 2)).view(heads, 1, 1, 1)
         self.bias = nn.Parameter(sign.repeat(1, axes, 1, 1)) if axes else None
         self.norm1 = nn.LayerNorm(width)  # LayerNorm: torch fuses it on every device, RMSNorm not on CPU
@@ -212,7 +209,7 @@ class RMDM(nn.Module):
         return self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
 
     def encode(self, x_t, t):
-        """E: x_t (B, N), t (B,) -> h^0 (B, N, d). Raises BadInput for another length than N."""
+        """E: x_t (B, N), t (B,) -> h^0 (B, N, d)."""
         if x_t.shape[1:] != self.coords.shape[:1]:
             raise BadInput(f"sequences of shape {tuple(x_t.shape[1:])}: this model's have N = {len(self.coords)}")
         h = self.token(x_t) + sum(table(self.coords[:, axis]) for axis, table in enumerate(self.position))
@@ -225,9 +222,9 @@ class RMDM(nn.Module):
     def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None, carried=None):
         """The recursion, eq. (2): a generator of h^0, h^1, .., h^loops, each (B, N, d).
 
-        grad_loops > 0: only the last so many loops carry gradient, eq. (5). noise > 0: h^0 has Gaussian noise of
-        this size, eq. (8). carried: h (B, N, d) and l (B,) to go on from h^l where l > 0. What is sent in, a bool (B,),
-        says which examples go on."""
+        grad_loops > 0: only the last so many loops carry gradient, eq. (5). noise > 0: the size of Gaussian noise on
+        h^0, eq. (8). carried: h (B, N, d) and l (B,), to go on from h^l where l > 0. A bool (B,) that is sent in says
+        which examples go on."""
         c = self.config
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
@@ -261,9 +258,7 @@ class RMDM(nn.Module):
 
     def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0, carried=None):
         """Logits (R, B, N, V) after the final loop, R = 1, or, with supervise="all", after each that carries
-        gradient, which without grad_loops is each of `loops` (default: as trained); and the final h (B, N, d).
-
-        Raises BadInput for loops without gradient in a model without injection: E would get none."""
+        gradient: the last grad_loops, or all `loops` (default: as trained). Also the final h (B, N, d)."""
         loops = loops or self.config.loops
         if (carried or 0 < grad_loops < loops) and not self.config.inject:
             raise BadInput(f"grad_loops={grad_loops} of {loops} loops needs inject=true, or E gets no gradient")
@@ -272,26 +267,22 @@ class RMDM(nn.Module):
         return self.decode(torch.cat(read_at)).view(len(read_at), *x_t.shape, -1), states[-1]
 
     def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None):
-        """For sampling: logits (B, N, V) of the last loop, and the loops used (B,).
-
-        eps > 0 stops an example at the first loop k at which ||h^k - h^{k-1}|| / ||h^k|| < eps, eq. (7); `loops`
-        is the limit then. An example that stops costs nothing more."""
+        """For sampling: logits (B, N, V) of the last loop, and the loops used (B,). With eps > 0 an example stops, and
+        costs nothing more, at the first loop l where ||h^l - h^{l-1}|| / ||h^l|| < eps, eq. (7), or after `loops`."""
         loops = loops or self.config.loops
         used = torch.full_like(x_t[:, 0], loops)
         states = self.states(x_t, t, loops, noise=noise, generator=generator)
         if not eps:
             *_, final = states
             return self.decode(final), used
-        h = next(states)
-        final, going, go = torch.empty_like(h), torch.arange(len(h), device=h.device), None
-        for l in range(1, loops + 1):
-            old, h = h if go is None else h[go], states.send(go)
+        l, h, going = 0, next(states), torch.arange(len(x_t), device=x_t.device)  # going: the examples that go on
+        final, go = torch.empty_like(h), torch.ones_like(going, dtype=torch.bool)
+        while len(going):
+            l, old, h = l + 1, h[go], states.send(go)
             change = (h - old).flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)  # (7)
             go = (change >= eps) & (l < loops)
             final[going[~go]], used[going[~go]] = h[~go], l
             going = going[go]
-            if not len(going):
-                break
         return self.decode(final), used
 
     def flops(self, loops, reads=1):
@@ -313,8 +304,8 @@ WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # eqs. (3) and (4)
 
 
 def masked_ce(model, x0, x_t, masked, t, **how):
-    """-log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats, R and `how` as in RMDM.forward. Also whether the
-    last loop is right there, (B, N) bool, and the final h."""
+    """-log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats; R and `how` as in RMDM.forward. Also where the
+    last loop is right about a masked token, (B, N) bool, and the final h."""
     logits, h = model(x_t, t, **how)
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
     ce = F.cross_entropy(logits.flatten(0, 2).float(), target.repeat(len(logits), 1).flatten(), reduction="none")
@@ -330,20 +321,19 @@ def loss(
                  editable tokens in the batch, so that one learning rate suits both
     supervise    eq. (5): the mean over "all" loops that carry gradient, or the "final" one
     grad_loops   eq. (5): truncated backpropagation, only the last M = `grad_loops` carry gradient; 0 = all do
-    carried      a dict that is empty at first and then the same at every call, with as many x0 (ours; prior art: TRM).
-                 A call runs M loops. An example that they do not get right keeps its place, and its h, at the next
-                 call, until it is `loops` old; then one of x0 takes its place. So the loops before the last M cost
-                 nothing, and hard examples come more often: the value is no estimate of (3) or (4)
+    carried      a dict, empty at first, that goes from call to call (ours; prior art: TRM). A call runs M loops. An
+                 example that they do not get right keeps its place, and its h, at the next call, until it has had
+                 `loops`; then one of x0 takes its place. So the loops before the last M cost nothing, and hard
+                 examples come more often: the value is no estimate of (3) or (4)
 
-    model may be wrapped by torch (DistributedDataParallel, torch.compile). Raises BadInput as `corrupt`,
-    `RMDM.encode` and `RMDM.forward` do, and for carried without both loops and grad_loops."""
+    model may be wrapped by torch (DistributedDataParallel, torch.compile)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
     how = dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
     if carried is not None:
         now = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable)
         h, l = carried.get("h", torch.zeros((), device=x0.device)), carried.get("l", torch.zeros_like(x0[:, 0]))
-        for key, new in now.items():  # l > 0: this example goes on
+        for key, new in now.items():  # l > 0: the example of the last call goes on
             now[key] = torch.where((l > 0).view(-1, *[1] * (new.ndim - 1)), carried.get(key, new), new)
         x0, x_t, masked, t, editable = now.values()
         how = dict(supervise=supervise, loops=grad_loops, carried=(h, l))
@@ -396,7 +386,7 @@ class Filled:
     """What `sample` returns. One pass = one denoising step in which the network ran for the example."""
 
     x: torch.Tensor  # (B, N) the filled-in sequences
-    passes: torch.Tensor  # (B,) passes used
+    passes: torch.Tensor  # (B,) passes used, in all tries
     nfe: torch.Tensor  # (B,) loops, summed over the passes; from `sample_all` (B, tries), those of each try
     trace: list  # if asked for, a dict for each step that ran: x (B, N), revealed (B, N) bool, sure (B, N), loops (B,)
     tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
@@ -427,10 +417,8 @@ def sample(
     temperature  of the drawn tokens: 1 draws from p_theta, 0 takes the likeliest (right for puzzles).
                  Default: 1 in ancestral order, else 0. The order is always judged at temperature 1
     noise        of h^0, drawn anew at every step, eq. (8)
-    generator    a torch.Generator on the model's device
 
-    An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it.
-    Raises BadInput for an unknown order, steps or loops < 1, temperature < 0, or a threshold in ancestral order."""
+    An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it."""
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     temperature = float(order == "ancestral") if temperature is None else temperature
@@ -480,8 +468,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
     tries    at most so many. The first is without noise, so that it is what it would be alone
     noise    of h^0 in the others: 0.3 solved most within 16 tries, though it costs a single try much
 
-    Returns Filled: each problem's best x, with the trace of that try as a list of its own steps; passes are summed
-    over the tries. Raises BadInput as `sample` does."""
+    The x and trace returned are those of each problem's best try, the trace a list of its own steps."""
     if tries < 1 or not noise >= 0:
         raise BadInput("tries is at least 1, noise at least 0")
     editable = x == MASK if editable is None else editable
@@ -508,8 +495,6 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
 
 @dataclass
 class TrainConfig:
-    """The training run."""
-
     steps: int = 4000
     batch: int = 32
     muon: bool = True  # for the matrices inside the layers: in pilots puzzles were learned faster than with AdamW alone
@@ -612,13 +597,10 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     about               plain facts to keep, such as task, options and data
     resume              go on from the checkpoint in `out`; model, training and about must be as they were. On a CPU the
                         run ends bit-identical to one never interrupted, if batch draws from its generator alone
-    loss                a function like `loss` for another diffusion process, as in evidence/uniform.py
-
-    Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
-    not finite, and what `loss` refuses."""
+    loss                a function like `loss` for another diffusion process, as in evidence/uniform.py"""
     device, out = next(model.parameters()).device, Path(out)
     settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
-    settings = json.loads(json.dumps(settings))  # as they come back from a file: plain numbers, strings, lists
+    settings = json.loads(json.dumps(settings))  # plain numbers, strings and lists, as read back
     optimizers = make_optimizers(model, training)
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -654,7 +636,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     else:
         if out.exists() and any(out.iterdir()):
             raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
-        with torch.no_grad():  # one example: what cannot be trained is refused before there is a folder
+        with torch.no_grad():  # one example, none carried: what cannot be trained is refused before there is a folder
             loss(model, *batch(1, torch.Generator(device)), **copy.deepcopy(how))
         out.mkdir(parents=True, exist_ok=True)
         checkpoint()
