@@ -278,7 +278,8 @@ class RMDM(nn.Module):
         l, h, going = 0, next(states), torch.arange(len(x_t), device=x_t.device)  # going: the examples that go on
         final, go = torch.empty_like(h), torch.ones_like(going, dtype=torch.bool)
         while len(going):
-            l, old, h = l + 1, h[go], states.send(go)
+            l += 1
+            old, h = h[go], states.send(go)
             change = (h - old).flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)  # (7)
             go = (change >= eps) & (l < loops)
             final[going[~go]], used[going[~go]] = h[~go], l
@@ -548,7 +549,7 @@ def pick_device(name=None):
 def save(path, content):
     """torch.save, atomically: whole under its name, or not at all."""
     buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
-    torch.save(content, buffer)  # to memory: of a full disk torch does not tell plainly
+    torch.save(content, buffer)  # to memory: a full disk is an OSError then, not an obscure one of torch
     try:
         with open(part, "wb") as f:
             f.write(buffer.getbuffer())
