@@ -3,7 +3,6 @@
 1 schedule and loss, 2 model and recursion, 3 sampler, 4 restarts, 5 Sudoku, 6 Countdown, 7 training and commands,
 8 README and evidence, 9 trust"""
 
-import contextlib
 import functools
 import importlib
 import io
@@ -18,7 +17,6 @@ import signal
 import subprocess
 import sys
 import threading
-import zipfile
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
@@ -318,12 +316,13 @@ def fill(**how):
     (lambda x: rmdm.sample(tiny(), torch.zeros(x, dtype=torch.long)), "N = 3", [(1, 1), (2, 4)]),
     (lambda x: loss_of(torch.tensor(x)), "token 0 at an editable position: 0 is MASK", [[[1, 0, 3]]]),
     (lambda x: loss_of(torch.ones(1, 3, dtype=torch.long), **x), "needs inject=true", [dict(grad_loops=2)]),
-    (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], [], [[0]] * 4097]),
-    (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0), dict(tail_layers=-1)]),
-    (lambda x: TrainConfig(**{x: 0}), " at least 1| above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
-    (lambda x: TrainConfig(**{x: math.nan}), "above 0| from 0|at least 0", ["lr", "lr_rest", "clip", "ema"]),
+    (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], []]),
+    (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0)]),
+    (lambda x: TrainConfig(**{x: 0}), "at least 1|above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
+    (lambda x: TrainConfig(**{x: math.nan}), "above 0", ["lr", "lr_rest", "clip", "ema"]),
+    (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
-    (lambda x: TrainConfig(**x), "below 1000| below 1|at least 0", [dict(lr=1e308), dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(ema=1), dict(grad_loops=-1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
     (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise"]),
     (lambda x: fill(**{x: math.nan}), "at least", ["temperature", "noise"]),
@@ -1040,8 +1039,10 @@ def test_the_countdown_commands_end_to_end(cli):
     assert code == 0 and "right, checked by the rules" in out
 
 
-@pytest.mark.parametrize("module, form, size", [(sudoku, sudoku.PRESETS["paper"][:2], "--puzzles=20"),
-                                                (countdown, countdown.presets(3)["paper"][:2], "--problems=500")])  # fmt: skip
+@pytest.mark.parametrize("module, form, size", [
+    (sudoku, sudoku.PRESETS["paper"][:2], "--puzzles=20"),
+    (countdown, countdown.presets(3)["paper"][:2], "--problems=500"),
+])  # fmt: skip
 def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, form, size):
     config, training = form
     assert not (config.inject or config.coord_bias or training.grad_loops or training.muon or config.head_layers)
@@ -1283,7 +1284,7 @@ def test_what_is_not_solved_is_never_called_right(cli, puzzles, board, monkeypat
     tokens = countdown.encode(*countdown.solutions(np.array([[87, 29, 32]])))[0]
     assert "syntax" in countdown.check([87, 29, 32, 96], np.where(countdown.editable(34), MASK, tokens))
     model = rmdm.load("board.pt")
-    model.norm.bias.data.fill_(math.nan)  # no file can do that, but should it come about
+    model.norm.bias.data.fill_(math.nan)
     monkeypatch.setattr(rmdm, "load", lambda *a: model)
     code, out, _ = cli(sample, "sudoku", EASY, "--steps", 2, "--tries", 2)
     assert code == 1 and "not solved" in out and "checked by the rules" not in out and "0 of 1 right" in out
@@ -1335,83 +1336,25 @@ class Evil:
         return open, ("owned", "w")
 
 
-def bomb(board):
-    """A small file of large content."""
-    with zipfile.ZipFile("board.pt") as good, zipfile.ZipFile("x.pt", "w", zipfile.ZIP_DEFLATED) as file:
-        for name in good.namelist():
-            file.writestr(name, good.read(name))
-        file.writestr("archive/data/99", bytes(10**8))
-
-
-@contextlib.contextmanager
-def little():
-    """What happens in here takes less than two seconds and 1 GB."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    yield
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    assert after.ru_maxrss - before.ru_maxrss < 1_000_000
-
-
-def repeated(board):
-    """Weights of stride 0: few in the file, many in memory."""
-    shapes = {"token.weight": (2**22, 8), "unembed.weight": (2**22 - 1, 8), "unembed.bias": (2**22 - 1,)}
-    weights = {f"ema/{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}
-    rmdm.save("x.pt", change(board, {"config/vocab": 2**22} | weights))
-
-
 @pytest.mark.parametrize("content, says", [
     (lambda board: Path("x.pt").write_bytes(pickle.dumps(Evil())), "damaged, or not written by rmdm"),
     ({"about": Evil()}, "damaged, or not written by rmdm"),
-    (bomb, "damaged, or not written by rmdm"),
     (lambda board: rmdm.save("x.pt", [1]), "do not fit"),
     (lambda board: rmdm.save("x.pt", torch.ones(3)), "do not fit"),
     ({"about": [1]}, "do not fit"),
-    ({"about/task": "x" * 10**7}, "made for xxxx"),
     ({"about/task": "countdown"}, "made for countdown, not for sudoku"),
-    ({"ema/norm.bias": torch.full((8,), math.nan)}, "a weight is not a finite number"),
-    ({"ema/norm.bias": torch.full((8,), math.inf)}, "a weight is not a finite number"),
     ({"ema/norm.bias": 3}, "do not fit"),
     ({"ema/norm.bias": change}, "norm.bias"),
     ({"config/depth": 3}, "depth"),
-    *(({f"config/{name}": 2**40}, "do not fit") for name in ("loops", "layers", "width", "vocab", "heads")),
     *(({f"config/{name}": odd}, "do not fit") for name in ("loops", "width", "coords") for odd in (2.5, "8", None)),
-    ({"config/coords": [[10**9 * i] * 3 for i in range(81)]}, "do not fit"),
-    ({"config/coords": [[i] * 64 for i in range(1500)], "config/coord_bias": True}, "do not fit"),
-    ({"config/coords": [[i] * 8 for i in range(4096)], "config/coord_bias": True}, "do not fit"),
-    ({"config/loop_embedding": False, "ema/v.weight": change, "config/loops": 2.5}, "do not fit"),
-    (repeated, "do not fit"),
 ])  # fmt: skip
-def test_checkpoints_from_strangers_are_refused_before_they_cost_anything(board, content, says):
+def test_a_file_that_is_no_model_of_ours_is_refused_and_runs_no_code(board, content, says):
     if callable(content):
         content(board)
     else:
         torch.save(change(board, content), "x.pt")
-    with little():
-        refuses(rmdm.load, "x.pt", task="sudoku", says=says)
+    refuses(rmdm.load, "x.pt", task="sudoku", says=says)
     assert not Path("owned").exists()
-
-
-def with_states(saved, spoil):
-    return saved | {"optimizers": [o | {"state": spoil(o["state"])} for o in saved["optimizers"]]}
-
-
-@pytest.mark.parametrize("changes", [
-    {"step": change}, {"step": "x"}, {"step": 0.5}, {"step": None}, {"seconds": "x"}, {"flops": None}, {"model": {}},
-    {"ema": change}, {"ema/token.weight": torch.ones(1)}, {"rng": change}, {"rng": torch.ones(5)}, {"about": 3},
-    {"optimizers": change}, {"optimizers": []}, {"optimizers": 3}, {"optimizers": [{}, {}]}, {"config": change},
-    {"train/steps": 9}, {"train/stepz": 3}, {"config": torch.ones(2)}, {"model/token.weight": 3},
-    lambda saved: [1],
-    lambda saved: with_states(saved, lambda state: {}),  # fresh momentum
-    lambda saved: with_states(saved, lambda state: {k: dict.fromkeys(v, X) for k, v in state.items()}),
-])  # fmt: skip
-def test_a_crafted_checkpoint_is_not_resumed(tmp_path, changes):
-    fit(tmp_path, steps=2, save_every=1)
-    saved, before = rmdm.read(tmp_path / "checkpoint.pt") | {"step": 1}, (tmp_path / "log.jsonl").read_bytes()
-    rmdm.save(tmp_path / "checkpoint.pt", changes(saved) if callable(changes) else change(saved, changes))
-    refuses(fit, tmp_path, steps=2, save_every=1, resume=True)
-    assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
 def test_two_processes_in_one_folder_do_not_tear_each_others_files(tmp_path, monkeypatch):
@@ -1426,10 +1369,6 @@ def test_two_processes_in_one_folder_do_not_tear_each_others_files(tmp_path, mon
     monkeypatch.setattr(os, "fsync", second)
     rmdm.save(path, torch.ones(5))
     assert rmdm.read(path).sum() == 5 and list(tmp_path.iterdir()) == [path]
-    (tmp_path / "target").write_text("precious")
-    (tmp_path / "x.pt.1.part").symlink_to("target")  # planted
-    rmdm.save(path, torch.zeros(5))
-    assert (tmp_path / "target").read_text() == "precious" and rmdm.read(path).sum() == 0
     for name in ("model.pt", "checkpoint.pt", "log.jsonl", "notes.txt"):
         folder = tmp_path / name.replace(".", "-")
         folder.mkdir()
@@ -1500,10 +1439,9 @@ BAD = {
     (sudoku, "seed"): ["--seed -1", f"--seed {HUGE}"],
     (sudoku, "puzzles is from 1"): ["--puzzles 0"],
     (sudoku, "needs inject=true"): ["--set inject=false"],
-    (sudoku, "memory"): [f"--set batch={HUGE[:15]}", f"--set width={HUGE[:15]}"],
     (sudoku, "no field 'stepz'"): ["--set stepz=3"],
     (sudoku, "steps must be of type int"): ["--set steps=many", f"--set steps={HUGE}x"],
-    (sudoku, "lr and lr_rest are above 0 and below 1000"): ["--set lr=1e308"],
+    (sudoku, "lr, lr_rest and clip are above 0"): ["--set lr=0"],
     (sudoku, "more than 4 puzzles"): ["--data p.csv"],
     (countdown, "no such file"): ["--data ''"],
     (countdown, "problems is from 1"): ["--problems 0"],
@@ -1541,7 +1479,7 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch,
     code, out, err = cli(module, *small, *shlex.split(argv))
     assert code == 2 and says in err and err.startswith(f"{module.__name__}.py: ") and len(err) < 400, err
     left = {path for path in Path().rglob("*") if path.parts[0] != "data"} - before
-    assert "right" not in out and (not left or "batch" in argv)
+    assert "right" not in out and not left
 
 
 FUZZ = int(os.environ.get("FUZZ", 200))  # inputs to each parser, file reader and script
