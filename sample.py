@@ -176,7 +176,7 @@ def load(args, problem):
     """The checkpoint as named, or the one that comes along for such a problem, and its model."""
     checkpoint = args.checkpoint
     if checkpoint is None and len(problem) not in WEIGHTS:
-        raise BadInput(f"no weights for {len(problem) - 1} operands come along: name some of your own, --checkpoint RUN")
+        raise BadInput(f"no weights for {len(problem) - 1} operands come along: name your own by --checkpoint")
     if checkpoint is None:
         checkpoint = Path(__file__).parent / "weights" / WEIGHTS[len(problem)]
     return checkpoint, rmdm.load(checkpoint, args.device, args.task)
