@@ -515,7 +515,7 @@ def draw_restarts(plt):
                 points.setdefault(row[by], []).append((row["nfe"], 100 * row["exact"]))
             points = [[sum(x) / len(x) for x in zip(*points[key])] for key in sorted(points)]
             ax.plot(*zip(*points), color=color, label=label, marker="o", ms=4, lw=1.2)
-        ax.set(xscale="log", xlabel="loops a puzzle", title=file, ylim=(-2, 102))
+        ax.set(xscale="log", xlabel="loops a puzzle", title=file, xlim=(10, 10_000), ylim=(-2, 102))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("solved, %")
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
