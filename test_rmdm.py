@@ -244,12 +244,11 @@ def test_carried_examples_stay_with_their_state_until_right_or_spent():
     assert {2, 4, 6} == set(torch.cat(ages).tolist())
 
 
-def test_what_is_given_or_not_masked_costs_nothing():
+def test_what_is_given_costs_nothing():
     model, x0 = tiny(), torch.tensor([[1, 2, MASK]] * 4)  # a MASK that is given is no mistake
-    for editable in (torch.tensor([[True, True, False]] * 4), torch.zeros(4, 3, dtype=torch.bool)):
-        value, _ = rmdm.loss(model, x0, editable, "elbo", generator=generator())
-        bound = rmdm.nelbo(model, x0, editable, generator=generator())
-        assert value.isfinite() and bound.isfinite().all() and (value > 0) == (bound > 0).any() == editable.any()
+    none = torch.zeros(4, 3, dtype=torch.bool)
+    assert rmdm.loss(model, x0, none, "elbo", generator=generator())[0] == 0
+    assert not rmdm.nelbo(model, x0, none, generator=generator()).any()
 
 
 # ---- 2. model and recursion ----
@@ -269,14 +268,6 @@ def test_the_recursion_by_hand(form):
     assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(m.states(X, T, 5), states, strict=True))
     logits, used = m.infer(X, T, 5)
     assert torch.allclose(logits, expected[4], atol=1e-4) and used.tolist() == [5] * 3
-
-
-def test_the_states_go_on_with_the_examples_sent_in():
-    m = tiny(**OURS)
-    states, expected = m.states(X, T, 3), unroll(m, X, T, 3)
-    sent = [None, None, torch.tensor([True, False, True]), torch.tensor([False, True])]
-    for h, go, rows in zip(expected, sent, ([0, 1, 2], [0, 1, 2], [0, 2], [2])):
-        assert torch.allclose(states.send(go), h[rows], atol=1e-4)
 
 
 def test_adaptive_loops_stop_each_example_by_its_own_change():
@@ -420,27 +411,19 @@ def test_each_order_reveals_its_own_favorite_first(order, first):
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.5}, {"eps": 0.3}, {"threshold": 0.5}, {"loops": 1, "steps": 2}])
 @pytest.mark.parametrize("order", rmdm.ORDERS)
-def test_clues_survive_every_setting(order, how):
+def test_clues_survive_and_passes_count_whatever_the_setting(order, how):
     if order == "ancestral":
         how = {key: value for key, value in how.items() if key != "threshold"}
     x = torch.randint(0, 4, (6, 9), generator=generator(3))
     editable = torch.rand(6, 9, generator=generator(4)) < 0.6
     editable[0], x[1, 0], editable[1, 0] = False, MASK, False  # an example with nothing to do, a MASK to keep
-    how = dict(steps=4, order=order, generator=generator()) | how
+    how = dict(steps=20, order=order, generator=generator()) | how
     out = rmdm.sample(tiny(coords=9), x, editable, **how, trace=True)
     assert (out.x[~editable] == x[~editable]).all() and (out.x[editable] != MASK).all()
-    assert out.passes[0] == 0 and (out.passes[1:] > 0).all() and (out.passes <= how["steps"]).all()
+    most = editable.sum(1).clamp(max=how["steps"])  # no pass reveals nothing, in ancestral order neither
+    assert out.passes[0] == 0 and (out.passes[1:] > 0).all() and (out.passes <= most).all()
     assert (sum(step["revealed"].long() for step in out.trace) == editable).all()
     assert (sum(step["loops"] for step in out.trace) == out.nfe).all() and (out.nfe <= out.passes * 3).all()
-
-
-def test_a_finished_example_costs_no_further_passes():
-    model, x = Fixed([[0.6, 0.4]] * 9), torch.ones(3, 9, dtype=torch.long)
-    x[1, :2] = x[2, :] = MASK
-    out = rmdm.sample(model, x, steps=9)
-    assert out.passes.tolist() == [0, 2, 9] and [len(t) for t in model.times] == [2, 2] + [1] * 7
-    out = rmdm.sample(model, x, steps=99, order="ancestral", generator=generator())
-    assert out.passes[1] <= 2 and out.passes[2] <= 9  # not in the steps that reveal nothing of an example
 
 
 # ---- 4. restarts ----
