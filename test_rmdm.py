@@ -479,23 +479,18 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch
 EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 
+SEEN = [[j for j in range(81) if i // 9 == j // 9 or i % 9 == j % 9 or (i // 27, i % 9 // 3) == (j // 27, j % 9 // 3)]
+        for i in range(81)]  # fmt: skip
+
+
 def count_solutions(board):
     """An independent solver: plain backtracking, at most 2."""
-    board = [int(d) for d in board]
-
-    def options(i):
-        r, c = divmod(i, 9)
-        near = set(board[r * 9 : r * 9 + 9]) | set(board[c::9])
-        near |= {board[(r // 3 * 3 + a) * 9 + c // 3 * 3 + b] for a in range(3) for b in range(3)}
-        return set(range(1, 10)) - near
-
-    blanks = {i: options(i) for i in range(81) if not board[i]}
-    if not blanks:
+    options = {i: set(range(1, 10)) - {board[j] for j in SEEN[i]} for i in range(81) if not board[i]}
+    if not options:
         return 1
-    i, total = min(blanks, key=lambda i: len(blanks[i])), 0
-    for digit in blanks[i]:
-        board[i] = digit
-        total += count_solutions(board)
+    i, total = min(options, key=lambda i: len(options[i])), 0
+    for digit in options[i]:
+        total += count_solutions([*board[:i], digit, *board[i + 1 :]])
         if total > 1:
             return 2
     return total
@@ -512,22 +507,17 @@ def as_text(boards, blank="0"):
 
 def test_generated_puzzles_have_one_solution_and_no_clue_too_many(puzzles):
     assert sudoku.accept(*puzzles).all() and sudoku.valid(puzzles[1]).all()
-    assert all(count_solutions(puzzle) == 1 for puzzle in puzzles[0][:12])
-    odd = "...8..7....2....34..45..28...9672..3..........4......13.....4...5...8....8.15...."
-    for puzzle, needless in [(puzzles[0][0], []), (puzzles[0][1], []), (sudoku.parse(odd), [30])]:
-        c = np.where(puzzle == MASK, 511, 1 << puzzle.astype(np.uint16) >> 1).astype(np.uint16)
-        clues = np.flatnonzero(puzzle)
-        without = np.repeat(c[:, None], len(clues), 1)  # one clue given up in each column, its digit excluded
-        without[clues, np.arange(len(clues))] = 511 & ~c[clues]
-        assert clues[(sudoku.search(without) == 0).all(0)].tolist() == needless
-        assert count_solutions(np.where(np.arange(81) == clues[-1], MASK, puzzle)) == 2
+    for puzzle in puzzles[0][:6].tolist():
+        assert count_solutions(puzzle) == 1
+        without = [[*puzzle[:i], MASK, *puzzle[i + 1 :]] for i in range(81) if puzzle[i] != MASK]
+        assert all(count_solutions(board) == 2 for board in without)
 
 
 def test_augmentation_keeps_puzzles_valid_and_moves_everything(puzzles):
     both = torch.from_numpy(np.stack(puzzles)).long()
     p, s = sudoku.augment(both, generator()).numpy()
     assert sudoku.accept(p, s).all() and ((p != MASK).sum(1) == (puzzles[0] != MASK).sum(1)).all()
-    assert not (s == puzzles[1]).all(1).any() and count_solutions(p[0]) == 1
+    assert not (s == puzzles[1]).all(1).any() and count_solutions(p[0].tolist()) == 1
     many = sudoku.augment(both[1:, :1].expand(1, 2000, 81), generator(1))[0]
     assert all(len(set(many[:, i].tolist())) == 9 for i in range(81))  # every digit gets everywhere
 
@@ -543,26 +533,22 @@ def test_no_symmetric_picture_of_a_held_out_grid_in_training(puzzles):
 
 
 def test_the_cache_is_used_and_damage_is_noticed(tmp_path, monkeypatch):
-    first, refused = sudoku.generated(5, 1, tmp_path), 0
+    first = sudoku.generated(5, 1, tmp_path)
     (path,) = tmp_path.iterdir()
-    good = path.read_bytes()
     monkeypatch.delattr(sudoku, "generate")
     assert np.array_equal(first, sudoku.generated(5, 1, tmp_path))
-    for content in ({"a": 1}, torch.ones(2, 5, 80), torch.ones(2, 5, 81, dtype=torch.uint8), [1], torch.ones(())):
+    data = path.read_bytes()
+    path.write_bytes(data[:999] + bytes([data[999] ^ 1]) + data[1000:])
+    refuses(sudoku.generated, 5, 1, tmp_path, says="damaged.*delete the file")
+    for content in ({"a": 1}, torch.ones(2, 5, 80), torch.ones(2, 5, 81, dtype=torch.uint8)):
         rmdm.save(path, content)
         refuses(sudoku.generated, 5, 1, tmp_path, says="delete the file")
-    for at in range(0, len(good), 99):
-        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        try:
-            assert np.array_equal(first, sudoku.generated(5, 1, tmp_path))  # a bit that means nothing
-        except BadInput as e:
-            refused += "delete the file" in str(e)
-    assert refused > 9
 
 
 @pytest.mark.parametrize("bad, says", [
     (EASY[:-1], "this one 80"),
     (EASY.replace("7", "x"), "'x' at cell 5"),
+    (EASY.replace("7", "\u0667"), "at cell 5"),  # a digit, but not ASCII
     ("5" + EASY[:4] + "5" + EASY[6:], "row 1 has the digit 5 twice"),
     ("." * 10 + "1" + "." * 17 + "1" + "." * 52, "column 2 has the digit 1 twice"),
     ("1" + "." * 9 + "1" + "." * 70, "box 1 has the digit 1 twice"),
@@ -671,7 +657,6 @@ def test_the_checker_agrees_with_brute_force_on_spoiled_answers():
                     assert verdicts[-1] == (text in answers), (numbers, target, text)
     assert 1000 < sum(verdicts) < len(verdicts) - 1000
     assert countdown.check_text([5, 5, 7, 10], "5-5=0,7/0=0").startswith("false equation 2")
-    assert all(countdown.calculate(*side) is None for side in [(7, "/", 0), (7, "/", 2), (2, "-", 7)])
 
 
 def test_countdown_tokens():
