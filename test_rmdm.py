@@ -1195,9 +1195,7 @@ HEAD, GOOD = "id,puzzle,solution\n", "1,{q},{a}\n"
     ("{s},{a}\n{q},{a}\n", "line 1: a puzzle has 81 cells, this one 80"),  # not to be read as answers alone
     ("{a},{q}\n", "line 1"),
     (HEAD + GOOD + "2,{q}\n", "line 3: 2 fields, not 3"),
-    (HEAD + GOOD + "2,{q},{a},4\n", "line 3: 4 fields, not 3"),
     (HEAD + GOOD + "2,{q},{q}\n", "line 3: the solution is wrong"),
-    ("{q}\n{s}\n", "line 2: a puzzle has 81 cells, this one 80"),
     ("id,question mark\n", "line 1"),
     ('{{"input": "1,35,14,22"}}', "line 2: not a JSON object with input, output"),
     ("[" * 100_000, "line 2: not a JSON object"),
@@ -1240,78 +1238,45 @@ def bomb(board):
         file.writestr("archive/data/99", bytes(10**8))
 
 
-@contextlib.contextmanager
-def little():
-    """What happens in here takes less than two seconds and 1 GB."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    yield
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
-    assert after.ru_maxrss - before.ru_maxrss < 1_000_000
-
-
-def repeated(board):
-    """Weights of stride 0: few in the file, many in memory."""
-    shapes = {"token.weight": (2**22, 8), "unembed.weight": (2**22 - 1, 8), "unembed.bias": (2**22 - 1,)}
-    weights = {f"ema/{name}": torch.zeros(1).expand(shape) for name, shape in shapes.items()}
-    rmdm.save("x.pt", change(board, {"config/vocab": 2**22} | weights))
-
-
 @pytest.mark.parametrize("content, says", [
     (lambda board: Path("x.pt").write_bytes(pickle.dumps(Evil())), "damaged, or not written by rmdm"),
     ({"about": Evil()}, "damaged, or not written by rmdm"),
     (bomb, "damaged, or not written by rmdm"),
     (lambda board: rmdm.save("x.pt", [1]), "do not fit"),
-    (lambda board: rmdm.save("x.pt", torch.ones(3)), "do not fit"),
-    ({"about": [1]}, "do not fit"),
-    ({"about/task": "x" * 10**7}, "made for xxxx"),
     ({"about/task": "countdown"}, "made for countdown, not for sudoku"),
     ({"ema/norm.bias": torch.full((8,), math.nan)}, "a weight is not a finite number"),
-    ({"ema/norm.bias": torch.full((8,), math.inf)}, "a weight is not a finite number"),
     ({"ema/norm.bias": 3}, "do not fit"),
     ({"ema/norm.bias": change}, "norm.bias"),
     ({"config/depth": 3}, "depth"),
     *(({f"config/{name}": 2**40}, "do not fit") for name in ("loops", "layers", "width", "vocab", "heads")),
-    *(({f"config/{name}": odd}, "do not fit") for name in ("loops", "width", "coords") for odd in (2.5, "8", None)),
-    ({"config/coords": [[10**9 * i] * 3 for i in range(81)]}, "do not fit"),
-    ({"config/coords": [[i] * 64 for i in range(1500)], "config/coord_bias": True}, "do not fit"),
-    ({"config/coords": [[i] * 8 for i in range(4096)], "config/coord_bias": True}, "do not fit"),
-    ({"config/loop_embedding": False, "ema/v.weight": change, "config/loops": 2.5}, "do not fit"),
-    (repeated, "do not fit"),
+    *(({f"config/{name}": "8"}, "do not fit") for name in ("loops", "width", "coords")),
 ])  # fmt: skip
-def test_checkpoints_from_strangers_are_refused_before_they_cost_anything(board, content, says):
+def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, content, says):
     if callable(content):
         content(board)
     else:
         torch.save(change(board, content), "x.pt")
-    with little():
-        refuses(rmdm.load, "x.pt", task="sudoku", says=says)
+    refuses(rmdm.load, "x.pt", task="sudoku", says=says)
     assert not Path("owned").exists()
 
 
-def with_states(saved, spoil):
-    return saved | {"optimizers": [o | {"state": spoil(o["state"])} for o in saved["optimizers"]]}
-
-
-@pytest.mark.parametrize("changes", [
-    {"step": change}, {"step": "x"}, {"step": 0.5}, {"step": None}, {"seconds": "x"}, {"flops": None}, {"model": {}},
-    {"ema": change}, {"ema/token.weight": torch.ones(1)}, {"rng": change}, {"rng": torch.ones(5)}, {"about": 3},
-    {"optimizers": change}, {"optimizers": []}, {"optimizers": 3}, {"optimizers": [{}, {}]}, {"config": change},
-    {"train/steps": 9}, {"train/stepz": 3}, {"config": torch.ones(2)}, {"model/token.weight": 3},
-    lambda saved: [1],
-    lambda saved: with_states(saved, lambda state: {}),  # fresh momentum
-    lambda saved: with_states(saved, lambda state: {k: dict.fromkeys(v, X) for k, v in state.items()}),
+@pytest.mark.parametrize("changes, says", [
+    ({"train/steps": 9}, "begun with steps=9, not 2"),
+    ({"config/loops": 9}, "begun with loops=9, not 3"),
+    ({"about/task": "b"}, "begun with task=b, not None"),
+    *(({key: odd}, "cannot go on") for key in ("step", "model", "optimizers", "ema", "rng") for odd in (change, [], 0.5)),
+    ({"ema/token.weight": torch.ones(1)}, "token.weight"),
+    (lambda saved: saved | dict(optimizers=[o | dict(state={}) for o in saved["optimizers"]]), "cannot go on"),
 ])  # fmt: skip
-def test_a_crafted_checkpoint_is_not_resumed(tmp_path, changes):
+def test_another_runs_or_an_incomplete_checkpoint_is_not_resumed(tmp_path, changes, says):
     fit(tmp_path, steps=2, save_every=1)
     saved, before = rmdm.read(tmp_path / "checkpoint.pt") | {"step": 1}, (tmp_path / "log.jsonl").read_bytes()
     rmdm.save(tmp_path / "checkpoint.pt", changes(saved) if callable(changes) else change(saved, changes))
-    refuses(fit, tmp_path, steps=2, save_every=1, resume=True)
+    refuses(fit, tmp_path, steps=2, save_every=1, resume=True, says=says)
     assert (tmp_path / "log.jsonl").read_bytes() == before
 
 
-def test_two_processes_in_one_folder_do_not_tear_each_others_files(tmp_path, monkeypatch):
+def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
     path, fsync = tmp_path / "x.pt", os.fsync
 
     def second(fd):  # another process saves while the first one is at it
@@ -1323,58 +1288,33 @@ def test_two_processes_in_one_folder_do_not_tear_each_others_files(tmp_path, mon
     monkeypatch.setattr(os, "fsync", second)
     rmdm.save(path, torch.ones(5))
     assert rmdm.read(path).sum() == 5 and list(tmp_path.iterdir()) == [path]
-    (tmp_path / "target").write_text("precious")
-    (tmp_path / "x.pt.1.part").symlink_to("target")  # planted
-    rmdm.save(path, torch.zeros(5))
-    assert (tmp_path / "target").read_text() == "precious" and rmdm.read(path).sum() == 0
-    for name in ("model.pt", "checkpoint.pt", "log.jsonl", "notes.txt"):
-        folder = tmp_path / name.replace(".", "-")
-        folder.mkdir()
-        (folder / name).write_text("mine")
-        refuses(fit, folder, says="is in use: resume its run .* or choose another")
-        assert (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
 
 
-@pytest.mark.parametrize("odd", [np.float32(1), np.int64(2), np.bool_(True), Path("x"), {1, 2}], ids=str)
-def test_what_can_be_saved_can_be_read(tmp_path, odd):
-    """A setting is converted, or refused before the first step."""
-    for place in ("about", "batch", "time"):
-        out, steps = tmp_path / place, []
-        try:
-            how = dict(about={"x": odd}) if place == "about" else dict(size=odd) if place == "batch" else {}
-            how["model"] = tiny(time=odd if place == "time" else False)
-            fit(out, batch=lambda n, g: steps.append(n) or toy_batch(n, g), steps=1, **how)
-        except (BadInput, TypeError):
-            assert not steps and not out.exists()
-        else:
-            assert steps and rmdm.load(out) and rmdm.load(out / "model.pt")
-            fit(out, steps=1, resume=True, **how)
+def test_a_folder_in_use_stays_as_it_is(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    refuses(fit, tmp_path, says="is in use: resume its run .* or choose another")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_ctrl_c_before_the_first_checkpoint_leaves_nothing_in_the_way(cli, monkeypatch):
-    def stopped(*a):
-        raise KeyboardInterrupt
-
-    train = ("--puzzles", 8, "--set", *SMALL)
-    for module, name in ((sudoku, "generated"), (rmdm, "make_optimizers"), (rmdm, "save")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, stopped)
-            assert cli(sudoku, *train) == (130, "", "stopped"), name
-    code, out, err = cli(sudoku, *train)
-    assert code == 0 and "T=81" in out, err
+@pytest.mark.parametrize("how", [dict(about={"x": Path("x")}), dict(about={"x": np.float32(1)}), dict(size=np.int64(2))])
+def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path, how):
+    refuses(fit, tmp_path / "out", **how, says="a setting is not a plain number or string")
+    assert not (tmp_path / "out").exists()
 
 
-def test_closed_streams_are_no_traceback(cli, board, monkeypatch):
-    use, train = ("sudoku", "--checkpoint", "board.pt"), ("--puzzles", 8, "--set", *SMALL)
-    monkeypatch.setattr(sys, "stdin", None)
-    code, _, err = cli(sample, *use)
-    assert code == 2 and "standard input is closed" in err and cli(sudoku, *train)[0] == 0
-    monkeypatch.setattr(sys, "stdout", None)
-    assert cli(sample, *use, EASY, "--tries", 1, "--steps", 1)[0] == 1 and cli(sudoku, *train, "--resume")[0] == 0
+def test_ctrl_c_before_the_first_checkpoint_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(rmdm, "save", lambda *a: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            fit(tmp_path / "out")
+    fit(tmp_path / "out")
+
+
+def test_a_closed_pipe_is_no_traceback(board):
     read, write = os.pipe()
     os.close(read)  # `| head`
     how = dict(cwd=".", capture_output=False, stdout=write, stderr=subprocess.PIPE)
-    done = python(str(HERE / "sample.py"), *use, EASY, "--tries", 1, "--steps", 1, **how)
+    done = python(str(HERE / "sample.py"), *f"sudoku --checkpoint board.pt {EASY} --tries 1 --steps 1".split(), **how)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -1393,23 +1333,20 @@ def test_problems_come_as_arguments_files_and_streams(cli, board, puzzles, monke
 HUGE = "9" * 30
 BAD = {
     (sudoku, "no such file"): ["--resume", "--data ''", "--data /dev/zero"],
-    (sudoku, "in use"): ["--out ''"],
-    (sudoku, "seed"): ["--seed -1", f"--seed {HUGE}"],
-    (sudoku, "puzzles is from 1"): ["--puzzles 0"],
+    (sudoku, "seed"): ["--seed -1"],
+    (sudoku, "puzzles is from 1"): ["--puzzles 0", f"--puzzles {HUGE}"],
     (sudoku, "needs inject=true"): ["--set inject=false"],
     (sudoku, "memory"): [f"--set batch={HUGE[:15]}", f"--set width={HUGE[:15]}"],
     (sudoku, "no field 'stepz'"): ["--set stepz=3"],
-    (sudoku, "steps must be of type int"): ["--set steps=many", f"--set steps={HUGE}x"],
-    (sudoku, "lr and lr_rest are above 0 and below 1000"): ["--set lr=1e308"],
+    (sudoku, "steps must be of type int"): ["--set steps=many"],
     (sudoku, "more than 4 puzzles"): ["--data p.csv"],
     (countdown, "no such file"): ["--data ''"],
     (countdown, "problems is from 1"): ["--problems 0"],
     (countdown, "with solutions"): ["--data no.jsonl"],
     (countdown, "nothing left to train or test on"): ["--data held.jsonl"],
     (countdown, "--numbers of operands"): ["--data held.jsonl --numbers 4"],
-    (sample, "neither a problem nor a file"): ["sudoku none.txt", "sudoku /dev/zero"],
-    (sample, "no such file"): ["sudoku --data /dev/zero", "sudoku --data ''", f"sudoku {EASY} --checkpoint /dev/zero",
-                               f"sudoku {EASY} --checkpoint ''"],
+    (sample, "neither a problem nor a file"): ["sudoku none.txt"],
+    (sample, "no such file"): ["sudoku --data ''", f"sudoku {EASY} --checkpoint none"],
     (sample, "no column called "): ["sudoku --data p.csv --by color", "sudoku --data p.csv --by ''"],
     (sample, "--steps is a number"): [f"sudoku {EASY} --steps {HUGE}", f"sudoku {EASY} --steps ''"],
     (sample, "seed"): [f"sudoku {EASY} --seed {HUGE}"],
@@ -1419,13 +1356,10 @@ BAD = {
     (sample, "noise.bin: damaged, or not written by rmdm"): [f"sudoku {EASY} --checkpoint noise.bin"],
     (sample, "several --steps need --data"): [f"sudoku {EASY} --steps 1,5"],
     (sample, "for 3 operands, not 4"): [f"countdown 1,2,3,4,50 --checkpoint {HERE}/weights/countdown-3.pt"],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("module, says, argv", [(*key, argv) for key, some in BAD.items() for argv in some] + [
-    (sudoku, "--puzzles is from 1", f"--puzzles {HUGE} --data p.csv"),
-    (countdown, "--problems is from 1", f"--problems {HUGE} --data held.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize("module, says, argv", [(*key, argv) for key, some in BAD.items() for argv in some])
 def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch, module, says, argv):
     monkeypatch.setattr(sudoku, "generate", lambda n, seed: np.random.default_rng(seed) and [p[:n] for p in puzzles])
     Path("p.csv").write_text("puzzle\n" + EASY + "\n")
@@ -1441,14 +1375,9 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch,
     assert "right" not in out and (not left or "batch" in argv)
 
 
-FUZZ = int(os.environ.get("FUZZ", 200))  # inputs to each parser, file reader and script
+FUZZ = int(os.environ.get("FUZZ", 100))  # inputs to each parser and file reader
 ODD = [*"0123456789.,-+*/=_{}[]|#\x00\r\n\t \"'%", "\ufeff", "\u0663", "\uff11", "\ud800", "null", "-1", "1e9"]
 ODD += ["9" * 400, "[" * 3000]
-OPTIONS = "steps loops eps order threshold temperature seed data by set out json tries noise device checkpoint paper"
-OPTIONS = [f"--{name}" for name in f"{OPTIONS} resume numbers problems puzzles".split()]
-VALUES = "3 -1 nan inf 1e400 none.csv cpu x=y steps=0 lr=nan batch=-1 loops=2.5 width=7".split() + ["", "9" * 30]
-
-
 def spoil(data, random):
     """A copy of a str or bytes with one to three random edits: cut, repeat, replace, insert."""
     for _ in range(random.integers(1, 4)):
@@ -1460,21 +1389,16 @@ def spoil(data, random):
     return data
 
 
-def test_hostile_texts_files_and_options(cli, board, puzzles, tmp_path):
-    random, count = np.random.default_rng(0), dict(read=0, refused=0)
-    text, truth = as_text(puzzles[0][:2]) + as_text(puzzles[1][:2]), sorted(set(every_solution((87, 29, 32))[96]))
-    cache = Path("sudoku-minimal-v3-seed7-n5.pt")
-    rmdm.save(cache, torch.from_numpy(np.stack([part[:5] for part in puzzles])))
+def test_damaged_texts_and_files_are_read_or_refused_in_one_line(board, puzzles):
+    random, refused = np.random.default_rng(0), 0
+    p, s = as_text(puzzles[0][:2]), as_text(puzzles[1][:2])
     files = {
-        "x.csv": (f"id,question,answer\n1,{text[0]},{text[2]}\n2,{text[1]},{text[3]}\n".encode(), sudoku.read_file),
-        "x.txt": (f"# two\n{EASY}\n{text[0]}\n".encode(), sudoku.read_file),
+        "x.csv": (f"id,question,answer\n1,{p[0]},{s[0]}\n2,{p[1]},{s[1]}\n".encode(), sudoku.read_file),
         "x.jsonl": (b'{"input": "87,29,32,96", "output": "87/29=3,32*3=96"}\n' * 3, countdown.read_file),
         "x.pt": (Path("board.pt").read_bytes(), lambda path: [rmdm.load(path)]),
-        cache.name: (cache.read_bytes(), lambda path: sudoku.generated(5, 7, ".")),
     }
     texts = [(sudoku.parse, EASY), (countdown.parse, "87,29,32,96")]
-    texts += [(lambda pair: rmdm.override([pair], Config(4, 3), TrainConfig()), pair)
-              for pair in ("steps=30", "lr=0.1", "supervise=all", "inject=true", "width=64")]  # fmt: skip
+    texts += [(lambda pair: rmdm.override([pair], Config(4, 3), TrainConfig()), pair) for pair in ("lr=0.1", "width=64")]
     for _ in range(FUZZ):
         tasks = [(parse, spoil(good, random)) for parse, good in texts]
         for name, (good, read) in files.items():
@@ -1482,17 +1406,8 @@ def test_hostile_texts_files_and_options(cli, board, puzzles, tmp_path):
             tasks.append((lambda path, read=read: list(read(path)), name))
         for read, argument in tasks:
             try:
-                found = read(argument)
-                count["read"] += 1
-                assert read is not sudoku.parse or sudoku.conflict(found) is None and len(found) == 81
+                read(argument)
             except BadInput as e:
-                count["refused"] += 1
+                refused += 1
                 assert "\n" not in str(e) and len(str(e)) < 1000
-        answer = spoil(truth[random.integers(len(truth))], random)
-        assert (countdown.check_text([87, 29, 32, 96], answer) is None) == (answer in truth), answer
-        argv = [str(random.choice(OPTIONS if random.random() < 0.5 else VALUES)) for _ in range(random.integers(1, 5))]
-        for module in (sample, countdown, sudoku):
-            task = ["sudoku", "1" * 81] if module is sample else ["--data", "none.csv"]  # an error at the latest here
-            code, _, err = cli(module, *argv, *task)
-            assert code == 2 and err.startswith(f"{module.__name__}.py: "), (module, argv, err)
-    assert count["refused"] > FUZZ < 10 * count["read"]
+    assert FUZZ < refused < 7 * FUZZ - FUZZ / 10
