@@ -1,11 +1,9 @@
-"""python -m pytest -q test_rmdm.py    (about a minute of one core; no network, no GPU needed; FUZZ=3000 attacks longer)
+"""python -m pytest -q test_rmdm.py    (about a minute of one core; no network, no GPU needed)
 
 1 schedule and loss, 2 model and recursion, 3 sampler, 4 restarts, 5 Sudoku, 6 Countdown, 7 training and commands,
 8 README and evidence, 9 trust"""
 
-import contextlib
 import functools
-import importlib
 import io
 import itertools
 import json
@@ -17,7 +15,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import zipfile
 from dataclasses import asdict, fields
 from fractions import Fraction
@@ -951,10 +948,11 @@ def test_the_countdown_commands_end_to_end(cli):
     assert code == 0 and "right, checked by the rules" in out
 
 
-@pytest.mark.parametrize("module, form, size", [(sudoku, sudoku.PRESETS["paper"][:2], "--puzzles=20"),
-                                                (countdown, countdown.presets(3)["paper"][:2], "--problems=500")])  # fmt: skip
-def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, form, size):
-    config, training = form
+@pytest.mark.parametrize("module, presets, size", [
+    (sudoku, sudoku.PRESETS, "--puzzles=20"), (countdown, countdown.presets(3), "--problems=500"),
+])  # fmt: skip
+def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, presets, size):
+    config, training, _ = presets["paper"]
     assert not (config.inject or config.coord_bias or training.grad_loops or training.muon or config.head_layers)
     assert config.coords == tuple((i,) for i in range(len(config.coords))) and config.time and config.loop_embedding
     assert training.supervise == "all" and training.objective == "simple" and not training.loops_min
@@ -1211,7 +1209,7 @@ def test_a_file_is_read_whole_or_refused_with_the_line(tmp_path, puzzles, text, 
     refuses(lambda: list(task.read_file(path)), says=says)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_or_a_file_cut_short_is_noticed(tmp_path):
     path, good, random, refused = tmp_path / "x.pt", HERE / "weights/sudoku-short.pt", np.random.default_rng(0), 0
     data, whole = good.read_bytes(), rmdm.load(good)
     for at, bit in zip(random.integers(len(data), size=300), random.integers(8, size=300)):
@@ -1223,6 +1221,9 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         else:  # a bit that means nothing
             assert model.config == whole.config and same(model.state_dict().values(), whole.state_dict().values())
     assert refused > 250
+    for end in (0, 99, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:end])
+        refuses(rmdm.load, path, says="damaged, or not written by rmdm")
 
 
 class Evil:
@@ -1264,7 +1265,7 @@ def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, content,
     ({"train/steps": 9}, "begun with steps=9, not 2"),
     ({"config/loops": 9}, "begun with loops=9, not 3"),
     ({"about/task": "b"}, "begun with task=b, not None"),
-    *(({key: odd}, "cannot go on") for key in ("step", "model", "optimizers", "ema", "rng") for odd in (change, [], 0.5)),
+    *(({key: odd}, "cannot go on") for key in ("step", "model", "optimizers", "ema", "rng") for odd in (change, 0.5)),
     ({"ema/token.weight": torch.ones(1)}, "token.weight"),
     (lambda saved: saved | dict(optimizers=[o | dict(state={}) for o in saved["optimizers"]]), "cannot go on"),
 ])  # fmt: skip
@@ -1296,7 +1297,7 @@ def test_a_folder_in_use_stays_as_it_is(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("how", [dict(about={"x": Path("x")}), dict(about={"x": np.float32(1)}), dict(size=np.int64(2))])
+@pytest.mark.parametrize("how", [dict(about={"data": Path("x")}), dict(size=np.int64(2))], ids=["about", "batch"])
 def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path, how):
     refuses(fit, tmp_path / "out", **how, says="a setting is not a plain number or string")
     assert not (tmp_path / "out").exists()
@@ -1353,6 +1354,7 @@ BAD = {
     (sample, "temperature"): [f"sudoku {EASY} --temperature inf"],
     (sample, "p.txt, line 2: a puzzle has 81 cells, this one 82"): ["sudoku p.txt"],
     (sample, "noise.bin: not a text file"): ["sudoku noise.bin"],
+    (sample, "noise.bin, line "): ["sudoku --data noise.bin", "countdown --data noise.bin"],
     (sample, "noise.bin: damaged, or not written by rmdm"): [f"sudoku {EASY} --checkpoint noise.bin"],
     (sample, "several --steps need --data"): [f"sudoku {EASY} --steps 1,5"],
     (sample, "for 3 operands, not 4"): [f"countdown 1,2,3,4,50 --checkpoint {HERE}/weights/countdown-3.pt"],
@@ -1373,41 +1375,3 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch,
     assert code == 2 and says in err and err.startswith(f"{module.__name__}.py: ") and len(err) < 400, err
     left = {path for path in Path().rglob("*") if path.parts[0] != "data"} - before
     assert "right" not in out and (not left or "batch" in argv)
-
-
-FUZZ = int(os.environ.get("FUZZ", 100))  # inputs to each parser and file reader
-ODD = [*"0123456789.,-+*/=_{}[]|#\x00\r\n\t \"'%", "\ufeff", "\u0663", "\uff11", "\ud800", "null", "-1", "1e9"]
-ODD += ["9" * 400, "[" * 3000]
-def spoil(data, random):
-    """A copy of a str or bytes with one to three random edits: cut, repeat, replace, insert."""
-    for _ in range(random.integers(1, 4)):
-        i, j = sorted(random.integers(0, len(data) + 1, 2))
-        j = min(j, i + 2) if random.random() < 0.7 else j
-        new = ODD[random.integers(len(ODD))]
-        new = new.encode("utf-8", "surrogatepass") if isinstance(data, bytes) else new
-        data = data[:i] + (data[i:j] * 2 if random.random() < 0.2 else new * (random.random() < 0.8)) + data[j:]
-    return data
-
-
-def test_damaged_texts_and_files_are_read_or_refused_in_one_line(board, puzzles):
-    random, refused = np.random.default_rng(0), 0
-    p, s = as_text(puzzles[0][:2]), as_text(puzzles[1][:2])
-    files = {
-        "x.csv": (f"id,question,answer\n1,{p[0]},{s[0]}\n2,{p[1]},{s[1]}\n".encode(), sudoku.read_file),
-        "x.jsonl": (b'{"input": "87,29,32,96", "output": "87/29=3,32*3=96"}\n' * 3, countdown.read_file),
-        "x.pt": (Path("board.pt").read_bytes(), lambda path: [rmdm.load(path)]),
-    }
-    texts = [(sudoku.parse, EASY), (countdown.parse, "87,29,32,96")]
-    texts += [(lambda pair: rmdm.override([pair], Config(4, 3), TrainConfig()), pair) for pair in ("lr=0.1", "width=64")]
-    for _ in range(FUZZ):
-        tasks = [(parse, spoil(good, random)) for parse, good in texts]
-        for name, (good, read) in files.items():
-            Path(name).write_bytes(spoil(good, random))
-            tasks.append((lambda path, read=read: list(read(path)), name))
-        for read, argument in tasks:
-            try:
-                read(argument)
-            except BadInput as e:
-                refused += 1
-                assert "\n" not in str(e) and len(str(e)) < 1000
-    assert FUZZ < refused < 7 * FUZZ - FUZZ / 10
