@@ -9,13 +9,11 @@ import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import zipfile
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
@@ -309,12 +307,10 @@ def fill(**how):
     (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], [], [[0]] * 4097]),
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0), dict(tail_layers=-1)]),
     (lambda x: TrainConfig(**{x: 0}), " at least 1| above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
-    (lambda x: TrainConfig(**{x: math.nan}), "above 0| from 0|at least 0", ["lr", "lr_rest", "clip", "ema"]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
-    (lambda x: TrainConfig(**x), "below 1000| below 1|at least 0", [dict(lr=1e308), dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "below 1000| below 1|at least 0", [dict(lr=math.nan), dict(ema=1), dict(grad_loops=-1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
     (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise"]),
-    (lambda x: fill(**{x: math.nan}), "at least", ["temperature", "noise"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_name(call, says, settings):
     for setting in settings:
@@ -627,12 +623,9 @@ def test_the_limits_on_numbers_lose_no_target(monkeypatch):
     ("87/29=3", "number left over: 32"),
     ("", "syntax of equation 1"),
     ("87/29=3,32*3=96\n", "syntax of equation 2"),
-    ("87/29=03,32*3=96", "syntax of equation 1"),
     ("\uff18\uff17/29=3,32*3=96", "syntax of equation 1"),  # digits, but not ASCII
     ("__import__('os').abort()", "syntax of equation 1"),
-    ("87+29=" + "9" * 5000, "syntax of equation 1"),
     ("87/32=2,29*3=96", "false equation 1"),
-    ("87/29=3,32*3=95", "false equation 2: 32*3=95"),
     ("29-87=0,32*3=96", "false equation 1"),
     ("87/29=3,32+3=35", "wrong target: 35, not 96"),
 ])  # fmt: skip
@@ -1123,10 +1116,9 @@ def test_uniform_commands_end_to_end(cli, puzzles, monkeypatch):
     assert [json.loads(x) | dict(data=None) for x in cli(module, "--data", "p.csv")[1].splitlines()] == rows
 
 
-@pytest.mark.parametrize("form", [dict(layers=2), OURS, LOOPMDM], ids=["R-MDM", "ours", "LoopMDM"])
-def test_the_attention_of_the_evidence_is_the_models_own(form, monkeypatch):
+def test_the_attention_of_the_evidence_is_the_models_own(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "evidence")
-    attention, m, calls = pytest.importorskip("attention"), tiny(**form), []
+    attention, m, calls = pytest.importorskip("attention"), tiny(**OURS, **LOOPMDM), []
     x0, editable = torch.tensor([[3, 2, 1], [1, 1, 2]]), torch.tensor([[True] * 3, [False, True, True]])
     unit, t = torch.tensor([[True, True, False], [True, True, True], [False, True, True]]), torch.full((2,), 0.6)
     x_t, masked = rmdm.corrupt(x0, t, editable, generator())  # the script draws the same
@@ -1137,7 +1129,7 @@ def test_the_attention_of_the_evidence_is_the_models_own(form, monkeypatch):
         v = layer.qkv(layer.norm1(h))[..., 32:].view(2, 3, 2, 8).transpose(1, 2)
         mid = h + layer.out((a @ v).transpose(1, 2).reshape(2, 3, 16))
         assert torch.allclose(mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), output, atol=1e-5)
-        calls.append(a.transpose(0, 1)[:, masked])
+        calls.append(a.detach().transpose(0, 1)[:, masked])
 
     for layer in (*m.head, *m.block, *m.tail):
         layer.register_forward_hook(check)
@@ -1152,7 +1144,7 @@ def test_the_attention_of_the_evidence_is_the_models_own(form, monkeypatch):
             share = (a * kind[masked]).sum(-1).mean(-1)  # of each layer and head
             assert np.allclose(row["heads"][name], share, atol=1e-5) and row[name] == pytest.approx(share.mean().item())
             assert row["uniform"][name] == pytest.approx(kind[masked].float().mean().item())
-    assert not calls
+    assert not calls and len(rows) == 11
 
 
 # ---- 9. trust ----
@@ -1167,7 +1159,7 @@ def change(content, changes):
     return content
 
 
-def test_what_is_not_solved_is_never_called_right(cli, puzzles, board, monkeypatch):
+def test_what_is_not_solved_is_never_called_right(puzzles):
     puzzle, solution = (part[0] for part in puzzles)
     other = np.arange(10, dtype=np.uint8)[[0, 2, 3, 4, 5, 6, 7, 8, 9, 1]][solution]  # valid, but all clues are changed
     holes = [np.where(np.arange(81) == i, MASK, solution) for i in (np.flatnonzero(puzzle)[0], (puzzle == 0).argmax())]
@@ -1177,11 +1169,6 @@ def test_what_is_not_solved_is_never_called_right(cli, puzzles, board, monkeypat
         assert sudoku.score(puzzle[None], torch.tensor(wrong[None])) < 1
     tokens = countdown.encode(*countdown.solutions(np.array([[87, 29, 32]])))[0]
     assert "syntax" in countdown.check([87, 29, 32, 96], np.where(countdown.editable(34), MASK, tokens))
-    model = rmdm.load("board.pt")
-    model.norm.bias.data.fill_(math.nan)  # no file can do that, but should it come about
-    monkeypatch.setattr(rmdm, "load", lambda *a: model)
-    code, out, _ = cli(sample, "sudoku", EASY, "--steps", 2, "--tries", 2)
-    assert code == 1 and "not solved" in out and "checked by the rules" not in out and "0 of 1 right" in out
 
 
 HEAD, GOOD = "id,puzzle,solution\n", "1,{q},{a}\n"
@@ -1231,32 +1218,18 @@ class Evil:
         return open, ("owned", "w")
 
 
-def bomb(board):
-    """A small file of large content."""
-    with zipfile.ZipFile("board.pt") as good, zipfile.ZipFile("x.pt", "w", zipfile.ZIP_DEFLATED) as file:
-        for name in good.namelist():
-            file.writestr(name, good.read(name))
-        file.writestr("archive/data/99", bytes(10**8))
-
-
-@pytest.mark.parametrize("content, says", [
-    (lambda board: Path("x.pt").write_bytes(pickle.dumps(Evil())), "damaged, or not written by rmdm"),
+@pytest.mark.parametrize("changes, says", [
     ({"about": Evil()}, "damaged, or not written by rmdm"),
-    (bomb, "damaged, or not written by rmdm"),
-    (lambda board: rmdm.save("x.pt", [1]), "do not fit"),
     ({"about/task": "countdown"}, "made for countdown, not for sudoku"),
+    ({"about": change}, "do not fit"),
     ({"ema/norm.bias": torch.full((8,), math.nan)}, "a weight is not a finite number"),
     ({"ema/norm.bias": 3}, "do not fit"),
     ({"ema/norm.bias": change}, "norm.bias"),
     ({"config/depth": 3}, "depth"),
-    *(({f"config/{name}": 2**40}, "do not fit") for name in ("loops", "layers", "width", "vocab", "heads")),
-    *(({f"config/{name}": "8"}, "do not fit") for name in ("loops", "width", "coords")),
+    *(({f"config/{name}": odd}, "do not fit") for name in ("layers", "width", "coords") for odd in (7, 2**40, "8")),
 ])  # fmt: skip
-def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, content, says):
-    if callable(content):
-        content(board)
-    else:
-        torch.save(change(board, content), "x.pt")
+def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, changes, says):
+    torch.save(change(board, changes), "x.pt")
     refuses(rmdm.load, "x.pt", task="sudoku", says=says)
     assert not Path("owned").exists()
 
@@ -1289,12 +1262,6 @@ def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", second)
     rmdm.save(path, torch.ones(5))
     assert rmdm.read(path).sum() == 5 and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_in_use_stays_as_it_is(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    refuses(fit, tmp_path, says="is in use: resume its run .* or choose another")
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("how", [dict(about={"data": Path("x")}), dict(size=np.int64(2))], ids=["about", "batch"])
@@ -1334,6 +1301,7 @@ def test_problems_come_as_arguments_files_and_streams(cli, board, puzzles, monke
 HUGE = "9" * 30
 BAD = {
     (sudoku, "no such file"): ["--resume", "--data ''", "--data /dev/zero"],
+    (sudoku, "in use: resume its run"): ["--out ."],
     (sudoku, "seed"): ["--seed -1"],
     (sudoku, "puzzles is from 1"): ["--puzzles 0", f"--puzzles {HUGE}"],
     (sudoku, "needs inject=true"): ["--set inject=false"],
