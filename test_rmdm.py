@@ -308,7 +308,7 @@ def fill(**how):
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0), dict(tail_layers=-1)]),
     (lambda x: TrainConfig(**{x: 0}), " at least 1| above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
-    (lambda x: TrainConfig(**x), "below 1000| below 1|at least 0", [dict(lr=math.nan), dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(lr=math.nan), dict(ema=1), dict(grad_loops=-1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
     (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise"]),
 ])  # fmt: skip
@@ -1180,6 +1180,7 @@ HEAD, GOOD = "id,puzzle,solution\n", "1,{q},{a}\n"
     ("{s},{a}\n{q},{a}\n", "line 1: a puzzle has 81 cells, this one 80"),  # not to be read as answers alone
     ("{a},{q}\n", "line 1"),
     (HEAD + GOOD + "2,{q}\n", "line 3: 2 fields, not 3"),
+    (HEAD + GOOD + "2,{q},{a},4\n", "line 3: 4 fields, not 3"),
     (HEAD + GOOD + "2,{q},{q}\n", "line 3: the solution is wrong"),
     ("id,question mark\n", "line 1"),
     ('{{"input": "1,35,14,22"}}', "line 2: not a JSON object with input, output"),
