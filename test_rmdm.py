@@ -305,6 +305,7 @@ def fill(**how):
     (lambda x: loss_of(torch.tensor(x)), "token 0 at an editable position: 0 is MASK", [[[1, 0, 3]]]),
     (lambda x: loss_of(torch.ones(1, 3, dtype=torch.long), **x), "needs inject=true", [dict(grad_loops=2)]),
     (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], [], [[0]] * 4097]),
+    (lambda x: Config(4, 3, **x), "must be of type", [dict(width=64.0), dict(loops="8"), dict(time=1)]),
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0), dict(tail_layers=-1)]),
     (lambda x: TrainConfig(**{x: 0}), " at least 1| above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
@@ -1214,7 +1215,7 @@ class Evil:
     ({"ema/norm.bias": 3}, "do not fit"),
     ({"ema/norm.bias": change}, "norm.bias"),
     ({"config/depth": 3}, "depth"),
-    *(({f"config/{name}": odd}, "do not fit") for name in ("layers", "width", "coords") for odd in (7, 2**40, "8")),
+    *(({f"config/{name}": odd}, "do not fit") for name in ("layers", "width", "coords") for odd in (7, 10**5, "8")),
 ])  # fmt: skip
 def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, changes, says):
     torch.save(change(board, changes), "x.pt")
@@ -1245,6 +1246,7 @@ def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
     def second(fd):  # another process saves while the first one is at it
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "getpid", lambda: 1)
+        Path(f"{path}.1.part").touch()  # left by one that was killed; in containers numbers come again
         rmdm.save(path, torch.zeros(5))
         assert rmdm.read(path).sum() == 0
 
