@@ -36,7 +36,6 @@ import os
 import platform
 import sys
 import time
-import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -54,9 +53,7 @@ class BadInput(ValueError):
 
 
 # ---- 1. Schedule and forward process ----
-
-# The schedule is these three functions of tensors. All else derives from them: another schedule is another three.
-
+# All else derives from the first three functions: another schedule is another three.
 
 def alpha(t):
     """Probability that an editable token is still visible at time t: from 1 at t = 0 to 0 at t = 1, eq. (1)."""
@@ -97,8 +94,8 @@ def corrupt(x0, t, editable, generator=None):
 class Config:
     """The model; it travels in the checkpoint.
 
-    coords: an int N for a plain sequence of N positions, or N rows of as many coordinates as there are axes,
-    integers from 0 (Sudoku: row, column, box). One embedding table an axis; a position's are summed."""
+    coords: an int N for a plain sequence, or N rows of one coordinate for each axis, integers from 0 (Sudoku: row,
+    column, box). Each axis has an embedding table; a position's embeddings are summed."""
 
     vocab: int  # V: tokens, MASK included
     coords: tuple  # fixes the length N
@@ -116,29 +113,23 @@ class Config:
     def __post_init__(self):
         coords = torch.as_tensor(self.coords)
         coords = coords if coords.ndim else torch.arange(int(coords))[:, None]
-        whole = coords.ndim == 2 and coords.numel() and not coords.is_floating_point() and coords.min() >= 0
-        if not whole or len(coords) > 4096 or coords.shape[1] > 8:
-            raise BadInput("coords needs a row for each position, 4096 at most, of 1 to 8 integers from 0")
+        if coords.ndim != 2 or not coords.numel() or coords.is_floating_point() or coords.min() < 0:
+            raise BadInput("coords needs a length, or a row of integers from 0 for each position")
         self.coords = tuple(map(tuple, coords.tolist()))
-        if wrong := [f for f in fields(self) if not isinstance(getattr(self, f.name), f.type)]:
-            raise BadInput(f"{wrong[0].name} must be of type {wrong[0].type.__name__}")
         if min(self.width, self.heads, self.layers, self.loops) < 1 or self.width % self.heads:
             raise BadInput("width, heads, layers and loops are at least 1, and heads divides width")
-        if min(self.head_layers, self.tail_layers) < 0:
-            raise BadInput("head_layers and tail_layers are at least 0")
 
 
 class Layer(nn.Module):
     """One bidirectional pre-norm transformer layer, (B, N, d) -> (B, N, d).
 
-    With axes > 0 a learned number for each head and axis is added to the attention logits of two positions that
-    share their coordinate on that axis, a relative position bias: same (axes, N, N), 1 where they do, else 0."""
+    With axes > 0, a relative position bias: a learned number for each head and axis is added to the attention logits
+    of two positions that share their coordinate on that axis. same (axes, N, N): 1 where they do, else 0."""
 
     def __init__(self, width, heads, axes):
         super().__init__()
         self.heads = heads
-        # Every second head begins by favouring such positions, the others by shunning them: what a lucky seed
-        # finds from random numbers, and an unlucky one does not.
+        # Every second head begins by favouring such positions, the others by shunning them, as lucky seeds learn to.
         sign = (1.0 - 2 * (torch.arange(heads) % 2)).view(heads, 1, 1, 1)
         self.bias = nn.Parameter(sign.repeat(1, axes, 1, 1)) if axes else None
         self.norm1 = nn.LayerNorm(width)  # LayerNorm: torch fuses it on every device, RMSNorm not on CPU
@@ -185,8 +176,7 @@ class RMDM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        # (N, axes), on the CPU even where `load` builds the weights without memory
-        self.register_buffer("coords", torch.tensor(c.coords, device="cpu"), persistent=False)
+        self.register_buffer("coords", torch.tensor(c.coords), persistent=False)  # (N, axes)
         axes = self.coords.shape[1] if c.coord_bias else 0
         same = (self.coords == self.coords[:, None]).permute(2, 0, 1).float() if axes else None  # (axes, N, N)
         self.register_buffer("same", same, persistent=False)
@@ -219,7 +209,7 @@ class RMDM(nn.Module):
         return self.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None]
 
     def encode(self, x_t, t):
-        """E: x_t (B, N), t (B,) -> h^0 (B, N, d). Raises BadInput for another length than N."""
+        """E: x_t (B, N), t (B,) -> h^0 (B, N, d)."""
         if x_t.shape[1:] != self.coords.shape[:1]:
             raise BadInput(f"sequences of shape {tuple(x_t.shape[1:])}: this model's have N = {len(self.coords)}")
         h = self.token(x_t) + sum(table(self.coords[:, axis]) for axis, table in enumerate(self.position))
@@ -232,9 +222,9 @@ class RMDM(nn.Module):
     def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None, carried=None):
         """The recursion, eq. (2): a generator of h^0, h^1, .., h^loops, each (B, N, d).
 
-        grad_loops > 0: only the last so many loops carry gradient, eq. (5). noise > 0: h^0 has Gaussian noise of
-        this size, eq. (8). carried: h (B, N, d) and l (B,) to go on from h^l where l > 0. What is sent in, a bool (B,),
-        says which examples go on."""
+        grad_loops > 0: only the last so many loops carry gradient, eq. (5). noise > 0: the size of Gaussian noise on
+        h^0, eq. (8). carried: h (B, N, d) and l (B,), to go on from h^l where l > 0. A bool (B,) that is sent in says
+        which examples go on."""
         c = self.config
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
@@ -268,9 +258,7 @@ class RMDM(nn.Module):
 
     def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0, carried=None):
         """Logits (R, B, N, V) after the final loop, R = 1, or, with supervise="all", after each that carries
-        gradient, which without grad_loops is each of `loops` (default: as trained); and the final h (B, N, d).
-
-        Raises BadInput for loops without gradient in a model without injection: E would get none."""
+        gradient: the last grad_loops, or all `loops` (default: as trained). Also the final h (B, N, d)."""
         loops = loops or self.config.loops
         if (carried or 0 < grad_loops < loops) and not self.config.inject:
             raise BadInput(f"grad_loops={grad_loops} of {loops} loops needs inject=true, or E gets no gradient")
@@ -279,26 +267,23 @@ class RMDM(nn.Module):
         return self.decode(torch.cat(read_at)).view(len(read_at), *x_t.shape, -1), states[-1]
 
     def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None):
-        """For sampling: logits (B, N, V) of the last loop, and the loops used (B,).
-
-        eps > 0 stops an example at the first loop k at which ||h^k - h^{k-1}|| / ||h^k|| < eps, eq. (7); `loops`
-        is the limit then. An example that stops costs nothing more."""
+        """For sampling: logits (B, N, V) of the last loop, and the loops used (B,). With eps > 0 an example stops, and
+        costs nothing more, at the first loop l where ||h^l - h^{l-1}|| / ||h^l|| < eps, eq. (7), or after `loops`."""
         loops = loops or self.config.loops
         used = torch.full_like(x_t[:, 0], loops)
         states = self.states(x_t, t, loops, noise=noise, generator=generator)
         if not eps:
             *_, final = states
             return self.decode(final), used
-        h = next(states)
-        final, going, go = torch.empty_like(h), torch.arange(len(h), device=h.device), None
-        for l in range(1, loops + 1):
-            old, h = h if go is None else h[go], states.send(go)
+        l, h, going = 0, next(states), torch.arange(len(x_t), device=x_t.device)  # going: the examples that go on
+        final, go = torch.empty_like(h), torch.ones_like(going, dtype=torch.bool)
+        while len(going):
+            l += 1
+            old, h = h[go], states.send(go)
             change = (h - old).flatten(1).norm(dim=1) / h.flatten(1).norm(dim=1)  # (7)
             go = (change >= eps) & (l < loops)
             final[going[~go]], used[going[~go]] = h[~go], l
             going = going[go]
-            if not len(going):
-                break
         return self.decode(final), used
 
     def flops(self, loops, reads=1):
@@ -320,8 +305,8 @@ WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # eqs. (3) and (4)
 
 
 def masked_ce(model, x0, x_t, masked, t, **how):
-    """-log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats, R and `how` as in RMDM.forward. Also whether the
-    last loop is right there, (B, N) bool, and the final h."""
+    """-log p_theta(x0^i | x_t), zero where not masked: (R, B, N) nats; R and `how` as in RMDM.forward. Also where the
+    last loop is right about a masked token, (B, N) bool, and the final h."""
     logits, h = model(x_t, t, **how)
     target = torch.where(masked, x0, -100)  # cross_entropy's mark for: does not count
     ce = F.cross_entropy(logits.flatten(0, 2).float(), target.repeat(len(logits), 1).flatten(), reduction="none")
@@ -337,30 +322,29 @@ def loss(
                  editable tokens in the batch, so that one learning rate suits both
     supervise    eq. (5): the mean over "all" loops that carry gradient, or the "final" one
     grad_loops   eq. (5): truncated backpropagation, only the last M = `grad_loops` carry gradient; 0 = all do
-    carried      a dict that is empty at first and then the same at every call, with as many x0 (ours; prior art: TRM).
-                 A call runs M loops. An example that they do not get right keeps its place, and its h, at the next
-                 call, until it is `loops` old; then one of x0 takes its place. So the loops before the last M cost
-                 nothing, and hard examples come more often: the value is no estimate of (3) or (4)
+    carried      a dict, empty at first, that goes from call to call (ours; prior art: TRM). A call runs M loops. An
+                 example that they do not get right keeps its place, and its h, at the next call, until it has had
+                 `loops`; then one of x0 takes its place. So the loops before the last M cost nothing, and hard
+                 examples come more often: the value is no estimate of (3) or (4)
 
-    model may be wrapped by torch (DistributedDataParallel, torch.compile). Raises BadInput as `corrupt`,
-    `RMDM.encode` and `RMDM.forward` do, and for carried without both loops and grad_loops."""
+    model may be wrapped by torch (DistributedDataParallel, torch.compile)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    now, how = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable), dict(loops=loops, grad_loops=grad_loops)
+    how = dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
     if carried is not None:
-        if not loops or not 0 < grad_loops <= loops:
-            raise BadInput("carried examples need grad_loops, the loops of one call, and at least as many loops")
+        now = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable)
         h, l = carried.get("h", torch.zeros((), device=x0.device)), carried.get("l", torch.zeros_like(x0[:, 0]))
-        for key, new in now.items():
+        for key, new in now.items():  # l > 0: the example of the last call goes on
             now[key] = torch.where((l > 0).view(-1, *[1] * (new.ndim - 1)), carried.get(key, new), new)
-        how = dict(loops=grad_loops, carried=(h, l))
-    ce, right, h = masked_ce(model, *(now[key] for key in ("x0", "x_t", "masked", "t")), supervise=supervise, **how)
+        x0, x_t, masked, t, editable = now.values()
+        how = dict(supervise=supervise, loops=grad_loops, carried=(h, l))
+    ce, right, h = masked_ce(model, x0, x_t, masked, t, **how)
     if carried is not None:
-        done = (right | ~now["masked"]).all(1) | (l + grad_loops >= loops)
+        done = (right | ~masked).all(1) | (l + grad_loops >= loops)
         carried.update(now, h=h, l=torch.where(done, 0, l + grad_loops))
-    ce = ce * WEIGHTS[objective](now["t"])[:, None]  # (3) or (4)
-    value = ce.sum((1, 2)).mean() / now["editable"].sum().clamp(min=1)  # the mean is over loops, (5)
-    return value, right.sum() / now["masked"].sum().clamp(min=1)
+    ce = ce * WEIGHTS[objective](t)[:, None]  # (3) or (4)
+    value = ce.sum((1, 2)).mean() / editable.sum().clamp(min=1)  # the mean is over loops, (5)
+    return value, right.sum() / masked.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -403,7 +387,7 @@ class Filled:
     """What `sample` returns. One pass = one denoising step in which the network ran for the example."""
 
     x: torch.Tensor  # (B, N) the filled-in sequences
-    passes: torch.Tensor  # (B,) passes used
+    passes: torch.Tensor  # (B,) passes used, in all tries
     nfe: torch.Tensor  # (B,) loops, summed over the passes; from `sample_all` (B, tries), those of each try
     trace: list  # if asked for, a dict for each step that ran: x (B, N), revealed (B, N) bool, sure (B, N), loops (B,)
     tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
@@ -412,11 +396,10 @@ class Filled:
         """What restarts are worth if `right` (B,) bool are solved: `first`, the share solved at the first try; the mean
         `tries` and `nfe`; and the share solved `within_n` tries, n = 1, 2, 4, .., with their mean loops, `nfe_n`."""
         right, nfe = torch.as_tensor(right, device=self.tries.device), self.nfe.double().mean(0).cumsum(0).tolist()
-        shares = {n: (right & (self.tries <= n)).double().mean().item() for n in range(1, len(nfe) + 1)}
-        found = dict(first=shares[1], tries=self.tries.double().mean().item(), nfe=nfe[-1])
+        found = dict(tries=self.tries.double().mean().item(), nfe=nfe[-1])
         for n in (2**k for k in range(len(nfe).bit_length())):
-            found |= {f"within_{n}": shares[n], f"nfe_{n}": nfe[n - 1]}
-        return found
+            found |= {f"within_{n}": (right & (self.tries <= n)).double().mean().item(), f"nfe_{n}": nfe[n - 1]}
+        return dict(first=found["within_1"]) | found
 
 
 @torch.no_grad()
@@ -435,19 +418,17 @@ def sample(
     temperature  of the drawn tokens: 1 draws from p_theta, 0 takes the likeliest (right for puzzles).
                  Default: 1 in ancestral order, else 0. The order is always judged at temperature 1
     noise        of h^0, drawn anew at every step, eq. (8)
-    generator    a torch.Generator on the model's device
 
-    An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it.
-    Raises BadInput for an unknown order, steps or loops < 1, temperature < 0, or a threshold in ancestral order."""
+    An example leaves the batch when it is full, and sits out the ancestral steps that reveal nothing of it."""
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
-    if steps < 1 or (loops is not None and loops < 1) or (threshold is not None and order == "ancestral"):
-        raise BadInput("steps and loops are at least 1, and a threshold needs an order other than ancestral")
     temperature = float(order == "ancestral") if temperature is None else temperature
-    if not 0 <= temperature < math.inf:
-        raise BadInput(f"temperature is at least 0 and finite, not {temperature}")
+    if steps < 1 or (loops is not None and loops < 1) or not 0 <= temperature < math.inf:
+        raise BadInput("steps and loops are at least 1, temperature is at least 0 and finite")
+    if threshold is not None and order == "ancestral":
+        raise BadInput("a threshold needs an order other than ancestral")
     editable = x == MASK if editable is None else editable
-    x, masked = torch.where(editable, MASK, x), editable.clone()  # not x == MASK: a MASK may be there to be kept
+    x, masked = torch.where(editable, MASK, x), editable  # not x == MASK: a MASK may be there to be kept
     passes, nfe, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
     for left in range(steps, 0, -1):
         if order == "ancestral":  # what is revealed does not depend on the network
@@ -475,9 +456,9 @@ def sample(
         passes[i] += 1
         nfe[i] += used
         if trace:
-            sure = torch.zeros(x.shape, dtype=p.dtype, device=x.device).index_copy(0, i, p.amax(-1))
-            history.append(dict(x=x.clone(), revealed=reveal, sure=sure, loops=nfe.new_zeros(len(x))))
-            history[-1]["loops"][i] = used
+            sure, spent = p.new_zeros(x.shape), nfe.new_zeros(len(x))
+            sure[i], spent[i] = p.amax(-1), used
+            history.append(dict(x=x.clone(), revealed=reveal, sure=sure, loops=spent))
     return Filled(x, passes, nfe, history)
 
 
@@ -488,8 +469,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
     tries    at most so many. The first is without noise, so that it is what it would be alone
     noise    of h^0 in the others: 0.3 solved most within 16 tries, though it costs a single try much
 
-    Returns Filled: each problem's best x, with the trace of that try as a list of its own steps; passes are summed
-    over the tries. Raises BadInput as `sample` does."""
+    The x and trace returned are those of each problem's best try, the trace a list of its own steps."""
     if tries < 1 or not noise >= 0:
         raise BadInput("tries is at least 1, noise at least 0")
     editable = x == MASK if editable is None else editable
@@ -499,11 +479,9 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
     for k in range(tries):
         for i in todo.split(batch):
             out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
-            score = torch.ones(len(i)) if judge is None else torch.as_tensor(judge(i, out.x))
-            score = score.to(best)  # its device and type
+            score = torch.as_tensor(judge(i, out.x)).to(best) if judge else torch.ones_like(best[i])
             better = score > best[i]
-            best[i] = score.maximum(best[i])
-            answer[i[better]] = out.x[better]
+            best[i[better]], answer[i[better]] = score[better], out.x[better]
             passes[i], nfe[i, k], count[i] = passes[i] + out.passes, out.nfe, k + 1
             for row in better.nonzero()[:, 0].tolist() if trace else ():
                 steps = [{key: value[row] for key, value in step.items()} for step in out.trace]
@@ -518,8 +496,6 @@ def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=12
 
 @dataclass
 class TrainConfig:
-    """The training run."""
-
     steps: int = 4000
     batch: int = 32
     muon: bool = True  # for the matrices inside the layers: in pilots puzzles were learned faster than with AdamW alone
@@ -542,14 +518,12 @@ class TrainConfig:
     def __post_init__(self):
         if self.objective not in WEIGHTS or self.supervise not in ("all", "final"):
             raise BadInput("objective is simple or elbo, supervise all or final")
-        if min(self.loops_min, self.grad_loops) < 0 or not 0 <= self.ema < 1 or not 0 <= self.seed < 2**32:
-            raise BadInput("loops_min and grad_loops are at least 0, ema from 0 to below 1, seed from 0 to below 2**32")
-        if not (0 < self.lr < 1e3 and 0 < self.lr_rest < 1e3 and self.clip > 0 and self.weight_decay >= 0):
-            raise BadInput("lr and lr_rest are above 0 and below 1000, clip above 0, weight_decay at least 0")
-        if self.carry and (self.loops_min or not 0 < self.grad_loops <= self.carry):
-            raise BadInput("carry is at least grad_loops, the loops of one step, above 0; and it needs loops_min=0")
         if min(self.steps, self.batch, self.warmup, self.eval_every, self.save_every) < 1:
             raise BadInput("steps, batch, warmup, eval_every and save_every are at least 1")
+        if not (self.lr > 0 and self.lr_rest > 0 and self.clip > 0 and 0 <= self.ema < 1 and 0 <= self.seed < 2**32):
+            raise BadInput("lr, lr_rest and clip are above 0, ema from 0 to below 1, seed from 0 to below 2**32")
+        if self.grad_loops < 0 or self.carry and (self.loops_min or not 0 < self.grad_loops <= self.carry):
+            raise BadInput("grad_loops is at least 0; carry needs loops_min=0 and a grad_loops of 1 to carry")
 
 
 def make_optimizers(model, training):
@@ -575,10 +549,9 @@ def pick_device(name=None):
 def save(path, content):
     """torch.save, atomically: whole under its name, or not at all."""
     buffer, part = io.BytesIO(), Path(f"{path}.{os.getpid()}.part")
-    torch.save(content, buffer)
-    part.unlink(missing_ok=True)  # left by a process that was killed
+    torch.save(content, buffer)  # to memory: a full disk is an OSError then, not an obscure one of torch
     try:
-        with open(part, "xb") as f:
+        with open(part, "wb") as f:
             f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
@@ -588,43 +561,31 @@ def save(path, content):
 
 
 def read(path):
-    """What `save` wrote, with the archive's checksums and sizes compared. Nothing in the file can run code.
-    Raises BadInput for anything else."""
+    """What `save` wrote, its checksums compared; BadInput for anything else. Nothing in the file can run code."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on odd files: one line of ours follows
-            if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path) or archive.testzip():
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
                 raise ValueError("a checksum is wrong")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a stranger's bytes can raise anything
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # damaged bytes can raise anything
         raise BadInput(f"{path}: damaged, or not written by rmdm ({type(e).__name__})") from e
 
 
 def load(path, device="cpu", task=None):
     """A model ready to use, with the averaged weights of model.pt or checkpoint.pt, a file or a run's folder; its
-    `about` is what was given to `train`.
-
-    Raises BadInput if it is damaged, does not fit together, is not finite, or was made for another task."""
+    `about` is what was given to `train`. Raises BadInput for a damaged file and for the model of another task."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     saved = read(path)
     try:
-        made_for, config, weights = saved["about"].get("task"), Config(**saved["config"]), saved["ema"]
-        if config.head_layers + config.layers + config.tail_layers > len(weights):
-            raise ValueError("more layers than weights")
-        if sum(w.nbytes for w in weights.values()) > os.path.getsize(path):
-            raise ValueError("more numbers than the file has")
-        with torch.device("meta"):  # shapes are compared before anything large is allocated
-            model = RMDM(config)
-        model.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
-        model.about = saved["about"]
-        if not all(w.isfinite().all() for w in model.parameters()):
-            raise ValueError("a weight is not a finite number")
-    except Exception as e:  # a stranger's values can be anything
+        model, made_for = RMDM(Config(**saved["config"])), saved["about"].get("task")
+        model.load_state_dict(saved["ema"])
+    except Exception as e:  # of another program or version
         raise BadInput(f"{path}: weights and configuration do not fit ({' '.join(str(e).split())[:100]})") from e
     if task not in (None, made_for):
-        raise BadInput(f"{path}: made for {str(made_for)[:40]}, not for {task}")
+        raise BadInput(f"{path}: made for {made_for}, not for {task}")
+    model.about = saved["about"]
     return model.to(device).eval()
 
 
@@ -637,85 +598,68 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     about               plain facts to keep, such as task, options and data
     resume              go on from the checkpoint in `out`; model, training and about must be as they were. On a CPU the
                         run ends bit-identical to one never interrupted, if batch draws from its generator alone
-    loss                a function like `loss` for another diffusion process, as in evidence/uniform.py
-
-    Raises BadInput for a folder in use, a setting that cannot be saved, another run's checkpoint, a loss that is
-    not finite, and what `loss` refuses."""
+    loss                a function like `loss` for another diffusion process, as in evidence/uniform.py"""
     device, out = next(model.parameters()).device, Path(out)
-    cuda, path = device.type == "cuda", out / "checkpoint.pt"
-    try:  # through JSON: only plain numbers, strings and lists can be read back
-        settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
-        settings = json.loads(json.dumps(settings))
-    except TypeError as e:
-        raise BadInput(f"a setting is not a plain number or string: {e}") from e
+    settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
+    settings = json.loads(json.dumps(settings))  # plain numbers, strings and lists, as read back
     optimizers = make_optimizers(model, training)
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
-    how["loops"] = training.carry or model.config.loops
     step, seconds, flops, carried = 0, 0.0, 0, {}
+    how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
+    how |= dict(loops=training.carry, carried=carried) if training.carry else dict(loops=model.config.loops)
+
+    def note(entry, mode="a"):
+        with open(out / "log.jsonl", mode) as log:
+            print(json.dumps(entry, default=float), file=log)
+
+    def checkpoint():
+        saved = settings | dict(step=step, seconds=seconds, flops=flops, ema=ema.state_dict())
+        if step == training.steps:  # first, since with the checkpoint the run counts as finished
+            save(out / "model.pt", saved)
+        saved |= dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state())
+        save(out / "checkpoint.pt", saved | dict(carried=carried, model=model.state_dict()))
+
     if resume:
-        saved = read(path)
-        try:
-            for part, new in settings.items():
-                for key in new | saved[part]:
-                    if saved[part].get(key) != new.get(key):
-                        raise ValueError(f"begun with {key}={saved[part].get(key)}, not {new.get(key)}")
-            step = range(training.steps + 1)[saved["step"]]
-            seconds, flops = saved["seconds"] + 0.0, saved["flops"] + 0
-            model.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            for (optimizer, _), state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-                for w in optimizer.param_groups[0]["params"] if step else ():
-                    if {v.shape for v in optimizer.state[w].values() if v.ndim} != {w.shape}:
-                        raise ValueError("the state of another optimizer")
-            generator.set_state(saved["rng"])
-            carried |= {key: x.to(device) for key, x in saved["carried"].items()}
-        except Exception as e:  # a stranger's numbers can be anything
-            raise BadInput(f"{path}: cannot go on from it ({' '.join(str(e).split())[:100]})") from e
+        saved = read(out / "checkpoint.pt")
+        for part, new in settings.items():
+            for key in new | saved[part]:
+                if saved[part].get(key) != new.get(key):
+                    old = str(saved[part].get(key))[:40]
+                    raise BadInput(f"{out}: the run was begun with {key}={old}, not {str(new.get(key))[:40]}")
+        step, seconds, flops = saved["step"], saved["seconds"], saved["flops"]
+        carried |= {key: x.to(device) for key, x in saved["carried"].items()}
+        generator.set_state(saved["rng"])
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for (optimizer, _), state in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
     else:
         if out.exists() and any(out.iterdir()):
             raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
-        with torch.no_grad():  # one example: what cannot be trained is refused before there is a folder
-            loss(model, *batch(1, torch.Generator(device)), **how | dict(carried={}) if training.carry else how)
+        with torch.no_grad():  # one example, none carried: what cannot be trained is refused before there is a folder
+            loss(model, *batch(1, torch.Generator(device)), **copy.deepcopy(how))
         out.mkdir(parents=True, exist_ok=True)
-
-    def note(entry):
-        print(json.dumps(entry, default=float), file=log, flush=True)
-
-    def checkpoint():
-        slim = settings | dict(step=step, seconds=seconds, flops=flops, ema=ema.state_dict())
-        if step == training.steps:  # first, since with the checkpoint the run counts as finished
-            save(out / "model.pt", slim)
-        states = dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state(), carried=carried)
-        save(path, slim | states | dict(model=model.state_dict()))
-
-    if not resume:
         checkpoint()
-    if training.carry:
-        how["carried"] = carried
-    log = open(out / "log.jsonl", "a" if resume else "x")  # x: of two processes in one folder the second fails
-    if not resume:  # the log's first line says what run it is of
-        where = torch.cuda.get_device_name() if cuda else f"{device} {platform.machine()}"
+        where = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} {platform.machine()}"
         facts = dict(step=0, parameters=sum(w.numel() for w in model.parameters()), device=where)
         facts |= dict(torch=torch.__version__, threads=torch.get_num_threads())
-        note(facts | settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords)))
-    if cuda and training.compile:
+        facts |= settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords))
+        note(facts, "x")  # x: of two processes in one folder the second fails
+    if device.type == "cuda" and training.compile:
         for layer in (*model.head, *model.block, *model.tail):
             layer.compile()  # in place: the names in a checkpoint stay as they are
     recent, clock = [], time.perf_counter()
-    with log, tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
+    with tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
         for step in bar:
-            scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
-            if 0 < training.loops_min < (loops := model.config.loops):
-                draw = torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device)
-                how["loops"] = int(draw)
+            if 0 < training.loops_min < (loops := model.config.loops):  # (7)
+                how["loops"] = int(torch.randint(training.loops_min, loops + 1, (), generator=generator, device=device))
             x0, editable = batch(training.batch, generator)
             with autocast(device):
                 value, right = loss(model, x0, editable, generator=generator, **how)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+            scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)
             for optimizer, peak in optimizers:
                 optimizer.param_groups[0]["lr"] = scale * peak
                 optimizer.step()
@@ -750,18 +694,18 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
 
 def override(pairs, *configs):
     """Apply "name=value" strings to the fields of the given dataclasses, typed as they are: the new dataclasses."""
-    names = {f.name: i for i, c in enumerate(configs) for f in fields(c) if f.name not in ("vocab", "coords", "seed")}
-    changes = [{} for _ in configs]
+    fixed = ("vocab", "coords", "seed")  # by the task, or by an option of the script
+    kinds = {f.name: type(getattr(c, f.name)) for c in configs for f in fields(c) if f.name not in fixed}
+    changes = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
-        if name not in names:
-            raise BadInput(f"no field {name[:80]!r}; there are {', '.join(names)}")
-        kind = type(getattr(configs[names[name]], name))
+        if name not in kinds:
+            raise BadInput(f"no field {name[:80]!r}; there are {', '.join(kinds)}")
         try:
-            changes[names[name]][name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+            changes[name] = {"true": True, "false": False}[text.lower()] if kinds[name] is bool else kinds[name](text)
         except (ValueError, KeyError):
-            raise BadInput(f"{name} must be of type {kind.__name__}, not {text[:80]!r}") from None
-    return [replace(c, **change) for c, change in zip(configs, changes)]
+            raise BadInput(f"{name} must be of type {kinds[name].__name__}, not {text[:80]!r}") from None
+    return [replace(c, **{name: changes[name] for name in changes if hasattr(c, name)}) for c in configs]
 
 
 def run_script(main):
@@ -771,10 +715,9 @@ def run_script(main):
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (BadInput, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        sys.exit(print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr) or 2)
+    except (BadInput, OSError, MemoryError, torch.OutOfMemoryError) as e:
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("stopped", file=sys.stderr) or 130)
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

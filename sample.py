@@ -173,10 +173,12 @@ def measure(task, model, path, by, **how):
 
 
 def load(args, problem):
-    """The checkpoint for such a problem, as named or one that comes along, and its model."""
-    if args.checkpoint is None and len(problem) not in WEIGHTS:
-        raise BadInput(f"no weights for {len(problem) - 1} operands come along: train some, name them by --checkpoint")
-    checkpoint = args.checkpoint or Path(__file__).parent / "weights" / WEIGHTS[len(problem)]
+    """The checkpoint as named, or the one that comes along for such a problem, and its model."""
+    checkpoint = args.checkpoint
+    if checkpoint is None and len(problem) not in WEIGHTS:
+        raise BadInput(f"no weights for {len(problem) - 1} operands come along: name your own by --checkpoint")
+    if checkpoint is None:
+        checkpoint = Path(__file__).parent / "weights" / WEIGHTS[len(problem)]
     return checkpoint, rmdm.load(checkpoint, args.device, args.task)
 
 

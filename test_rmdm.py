@@ -304,12 +304,12 @@ def fill(**how):
     (lambda x: rmdm.sample(tiny(), torch.zeros(x, dtype=torch.long)), "N = 3", [(1, 1), (2, 4)]),
     (lambda x: loss_of(torch.tensor(x)), "token 0 at an editable position: 0 is MASK", [[[1, 0, 3]]]),
     (lambda x: loss_of(torch.ones(1, 3, dtype=torch.long), **x), "needs inject=true", [dict(grad_loops=2)]),
-    (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], [], [[0]] * 4097]),
-    (lambda x: Config(4, 3, **x), "must be of type", [dict(width=64.0), dict(loops="8"), dict(time=1)]),
-    (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0), dict(tail_layers=-1)]),
-    (lambda x: TrainConfig(**{x: 0}), " at least 1| above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
+    (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], []]),
+    (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0)]),
+    (lambda x: TrainConfig(**{x: 0}), "at least 1|above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
     (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(lr=math.nan), dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
     (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise"]),
 ])  # fmt: skip
@@ -1136,15 +1136,6 @@ def test_the_attention_of_the_evidence_is_the_models_own(monkeypatch):
 # ---- 9. trust ----
 
 
-def change(content, changes):
-    """A copy of nested dicts with {"path/to/a/key": value, ..} replaced, or dropped where the value is `change`."""
-    for path, value in changes.items():
-        key, _, rest = path.partition("/")
-        new = {key: change(content[key], {rest: value}) if rest else value}
-        content = {k: v for k, v in (content | new).items() if v is not change}
-    return content
-
-
 def test_what_is_not_solved_is_never_called_right(puzzles):
     puzzle, solution = (part[0] for part in puzzles)
     other = np.arange(10, dtype=np.uint8)[[0, 2, 3, 4, 5, 6, 7, 8, 9, 1]][solution]  # valid, but all clues are changed
@@ -1207,37 +1198,35 @@ class Evil:
         return open, ("owned", "w")
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"about": Evil()}, "damaged, or not written by rmdm"),
-    ({"about/task": "countdown"}, "made for countdown, not for sudoku"),
-    ({"about": change}, "do not fit"),
-    ({"ema/norm.bias": torch.full((8,), math.nan)}, "a weight is not a finite number"),
-    ({"ema/norm.bias": 3}, "do not fit"),
-    ({"ema/norm.bias": change}, "norm.bias"),
-    ({"config/depth": 3}, "depth"),
-    *(({f"config/{name}": odd}, "do not fit") for name in ("layers", "width", "coords") for odd in (7, 10**5, "8")),
+@pytest.mark.parametrize("spoil, says", [
+    (lambda saved: saved.update(about=Evil()), "damaged, or not written by rmdm"),
+    (lambda saved: saved["about"].update(task="countdown"), "made for countdown, not for sudoku"),
+    (lambda saved: saved.pop("about"), "do not fit"),
+    (lambda saved: saved["ema"].update({"norm.bias": 3}), "do not fit"),
+    (lambda saved: saved["ema"].pop("norm.bias"), "norm.bias"),
+    (lambda saved: saved["config"].update(depth=3), "depth"),
+    (lambda saved: saved["config"].update(width=7), "do not fit"),
+    (lambda saved: saved["config"].update(coords="8"), "do not fit"),
 ])  # fmt: skip
-def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, changes, says):
-    torch.save(change(board, changes), "x.pt")
+def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, spoil, says):
+    spoil(board)
+    torch.save(board, "x.pt")
     refuses(rmdm.load, "x.pt", task="sudoku", says=says)
     assert not Path("owned").exists()
 
 
-@pytest.mark.parametrize("changes, says", [
-    ({"train/steps": 9}, "begun with steps=9, not 2"),
-    ({"config/loops": 9}, "begun with loops=9, not 3"),
-    ({"about/task": "b"}, "begun with task=b, not None"),
-    ({"train/clip": change}, "begun with clip=None, not 1.0"),
-    *(({key: odd}, "cannot go on") for key in ("step", "model", "optimizers", "ema", "rng") for odd in (change, 0.5)),
-    ({"ema/token.weight": torch.ones(1)}, "token.weight"),
-    (lambda saved: saved | dict(optimizers=[o | dict(state={}) for o in saved["optimizers"]]), "cannot go on"),
-])  # fmt: skip
-def test_another_runs_or_an_incomplete_checkpoint_is_not_resumed(tmp_path, changes, says):
-    fit(tmp_path, steps=2, save_every=1)
-    saved, before = rmdm.read(tmp_path / "checkpoint.pt") | {"step": 1}, (tmp_path / "log.jsonl").read_bytes()
-    rmdm.save(tmp_path / "checkpoint.pt", changes(saved) if callable(changes) else change(saved, changes))
-    refuses(fit, tmp_path, steps=2, save_every=1, resume=True, says=says)
-    assert (tmp_path / "log.jsonl").read_bytes() == before
+def test_a_run_is_resumed_with_its_own_settings_alone(tmp_path):
+    fit(tmp_path, steps=2, about={"task": "a", "data": 1})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for other, says in [
+        (dict(model=tiny(loops=9)), "begun with loops=3, not 9"),
+        (dict(steps=9), "begun with steps=2, not 9"),
+        (dict(about={"task": "b", "data": 1}), "begun with task=a, not b"),
+        (dict(about={"task": "a"}), "begun with data=1, not None"),
+        (dict(about={"task": "a", "data": 1, "seed": 1}), "begun with seed=None, not 1"),
+    ]:
+        refuses(fit, tmp_path, **dict(steps=2, about={"task": "a", "data": 1}) | other, resume=True, says=says)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
@@ -1255,9 +1244,9 @@ def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
     assert rmdm.read(path).sum() == 5 and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("how", [dict(about={"data": Path("x")}), dict(size=np.int64(2))], ids=["about", "batch"])
-def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path, how):
-    refuses(fit, tmp_path / "out", **how, says="a setting is not a plain number or string")
+def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(TypeError):
+        fit(tmp_path / "out", about={"data": Path("x")})
     assert not (tmp_path / "out").exists()
 
 
@@ -1297,7 +1286,6 @@ BAD = {
     (sudoku, "seed"): ["--seed -1"],
     (sudoku, "puzzles is from 1"): ["--puzzles 0", f"--puzzles {HUGE}"],
     (sudoku, "needs inject=true"): ["--set inject=false"],
-    (sudoku, "memory"): [f"--set batch={HUGE[:15]}", f"--set width={HUGE[:15]}"],
     (sudoku, "no field 'stepz'"): ["--set stepz=3"],
     (sudoku, "steps must be of type int"): ["--set steps=many"],
     (sudoku, "more than 4 puzzles"): ["--data p.csv"],
@@ -1334,4 +1322,4 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch,
     code, out, err = cli(module, *small, *shlex.split(argv))
     assert code == 2 and says in err and err.startswith(f"{module.__name__}.py: ") and len(err) < 400, err
     left = {path for path in Path().rglob("*") if path.parts[0] != "data"} - before
-    assert "right" not in out and (not left or "batch" in argv)
+    assert "right" not in out and not left

@@ -461,6 +461,41 @@ def shipped(name):
     return rmdm, rmdm.load(HERE.parent / "weights" / f"{name}.pt")
 
 
+# Training operations by the settings in the public code, counted as ours: layers forward and twice back x operations
+# a layer and token x tokens x examples; and what is solved of Sudoku-Extreme, %.
+PUBLISHED = {
+    "TRM, with attention": ((42 + 2 * 14) * 7.0e6 * 97 * 5e7, 75),
+    "chenglou/sudoku-solver, 16 loops": (3 * 64 * 4.3e5 * 81 * 1.02e8, 81.8),
+    "the same, 1,024 loops": (3 * 64 * 4.3e5 * 81 * 1.02e8, 98.9),
+}
+
+
+def draw_compute(plt):
+    """What the Sudoku presets solve by what their training took, beside published points on other puzzles."""
+    fig, ax = plt.subplots(figsize=(8, 3.8))
+    presets = [runs(name)[0] for name in ("sudoku-short", "sudoku-long")]
+    within = [first_tries(name) for name in ("sudoku-short-tries", "sudoku-long-tries")]
+    flops = [seeds[0]["flops"] for seeds in presets]
+    files = "kaggle3m", "17clue", "magictour1465", "forum_hardest_11plus"
+    for color, file in zip(plt.cm.viridis((0, 0.3, 0.6, 0.85)), files):
+        first = [[solved(model["at"][file, 20]) for model in seeds] for seeds in presets]
+        many = [[100 * row["within_64"] for row in found[file][81] if row["max_tries"] == 64] for found in within]
+        for shares, style in ((first, dict(marker="o", label=file)), (many, dict(marker="s", ls=":"))):
+            ax.plot(flops, [sum(x) / len(x) for x in shares], color=color, ms=4, lw=1.2, **style)
+    fresh = runs("sudoku-cpu")[0]
+    x, y = fresh[0]["flops"], sum(solved(model["at"]["kaggle3m", 20]) for model in fresh) / len(fresh)
+    ax.plot(x, y, "x", color="black")
+    ax.annotate("kaggle3m, fresh examples", (x, y), fontsize=7, xytext=(4, -10), textcoords="offset points")
+    for label, (x, y) in PUBLISHED.items():
+        ax.plot(x, y, "D", color="gray", mfc="none", ms=5)
+        ax.annotate(label, (x, y), fontsize=7, ha="right", xytext=(-6, -2), textcoords="offset points")
+    ax.set(xscale="log", xlabel="training, operations", ylabel="solved, %", ylim=(-2, 102), xlim=(2e13, 5e18))
+    ax.legend(frameon=False, fontsize=8, loc="center", title="T=20, one try (dotted: within 64)", title_fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(HERE / "sudoku-compute.png", dpi=110)
+
+
 def draw_restarts(plt):
     """Three ways to spend loops on one puzzle: steps, loops a step, and further tries."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
@@ -580,6 +615,7 @@ def main():
 
         draw_depth(plt)
         draw_restarts(plt)
+        draw_compute(plt)
         draw_recursion(plt)
         draw_solving(plt)
     else:
