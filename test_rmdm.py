@@ -1,22 +1,19 @@
-"""python -m pytest -q test_rmdm.py    (about a minute of one core; no network, no GPU needed; FUZZ=3000 attacks longer)
+"""python -m pytest -q test_rmdm.py    (about a minute of one core; no network, no GPU needed)
 
 1 schedule and loss, 2 model and recursion, 3 sampler, 4 restarts, 5 Sudoku, 6 Countdown, 7 training and commands,
 8 README and evidence, 9 trust"""
 
 import functools
-import importlib
 import io
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
@@ -242,12 +239,11 @@ def test_carried_examples_stay_with_their_state_until_right_or_spent():
     assert {2, 4, 6} == set(torch.cat(ages).tolist())
 
 
-def test_what_is_given_or_not_masked_costs_nothing():
+def test_what_is_given_costs_nothing():
     model, x0 = tiny(), torch.tensor([[1, 2, MASK]] * 4)  # a MASK that is given is no mistake
-    for editable in (torch.tensor([[True, True, False]] * 4), torch.zeros(4, 3, dtype=torch.bool)):
-        value, _ = rmdm.loss(model, x0, editable, "elbo", generator=generator())
-        bound = rmdm.nelbo(model, x0, editable, generator=generator())
-        assert value.isfinite() and bound.isfinite().all() and (value > 0) == (bound > 0).any() == editable.any()
+    none = torch.zeros(4, 3, dtype=torch.bool)
+    assert rmdm.loss(model, x0, none, "elbo", generator=generator())[0] == 0
+    assert not rmdm.nelbo(model, x0, none, generator=generator()).any()
 
 
 # ---- 2. model and recursion ----
@@ -267,14 +263,6 @@ def test_the_recursion_by_hand(form):
     assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(m.states(X, T, 5), states, strict=True))
     logits, used = m.infer(X, T, 5)
     assert torch.allclose(logits, expected[4], atol=1e-4) and used.tolist() == [5] * 3
-
-
-def test_the_states_go_on_with_the_examples_sent_in():
-    m = tiny(**OURS)
-    states, expected = m.states(X, T, 3), unroll(m, X, T, 3)
-    sent = [None, None, torch.tensor([True, False, True]), torch.tensor([False, True])]
-    for h, go, rows in zip(expected, sent, ([0, 1, 2], [0, 1, 2], [0, 2], [2])):
-        assert torch.allclose(states.send(go), h[rows], atol=1e-4)
 
 
 def test_adaptive_loops_stop_each_example_by_its_own_change():
@@ -319,13 +307,11 @@ def fill(**how):
     (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], []]),
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0)]),
     (lambda x: TrainConfig(**{x: 0}), "at least 1|above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
-    (lambda x: TrainConfig(**{x: math.nan}), "above 0", ["lr", "lr_rest", "clip", "ema"]),
-    (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
-    (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(lr=math.nan), dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
     (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise"]),
-    (lambda x: fill(**{x: math.nan}), "at least", ["temperature", "noise"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_name(call, says, settings):
     for setting in settings:
@@ -419,27 +405,19 @@ def test_each_order_reveals_its_own_favorite_first(order, first):
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 1.5}, {"eps": 0.3}, {"threshold": 0.5}, {"loops": 1, "steps": 2}])
 @pytest.mark.parametrize("order", rmdm.ORDERS)
-def test_clues_survive_every_setting(order, how):
+def test_clues_survive_and_passes_count_whatever_the_setting(order, how):
     if order == "ancestral":
         how = {key: value for key, value in how.items() if key != "threshold"}
     x = torch.randint(0, 4, (6, 9), generator=generator(3))
     editable = torch.rand(6, 9, generator=generator(4)) < 0.6
     editable[0], x[1, 0], editable[1, 0] = False, MASK, False  # an example with nothing to do, a MASK to keep
-    how = dict(steps=4, order=order, generator=generator()) | how
+    how = dict(steps=20, order=order, generator=generator()) | how
     out = rmdm.sample(tiny(coords=9), x, editable, **how, trace=True)
     assert (out.x[~editable] == x[~editable]).all() and (out.x[editable] != MASK).all()
-    assert out.passes[0] == 0 and (out.passes[1:] > 0).all() and (out.passes <= how["steps"]).all()
+    most = editable.sum(1).clamp(max=how["steps"])  # no pass reveals nothing, in ancestral order neither
+    assert out.passes[0] == 0 and (out.passes[1:] > 0).all() and (out.passes <= most).all()
     assert (sum(step["revealed"].long() for step in out.trace) == editable).all()
     assert (sum(step["loops"] for step in out.trace) == out.nfe).all() and (out.nfe <= out.passes * 3).all()
-
-
-def test_a_finished_example_costs_no_further_passes():
-    model, x = Fixed([[0.6, 0.4]] * 9), torch.ones(3, 9, dtype=torch.long)
-    x[1, :2] = x[2, :] = MASK
-    out = rmdm.sample(model, x, steps=9)
-    assert out.passes.tolist() == [0, 2, 9] and [len(t) for t in model.times] == [2, 2] + [1] * 7
-    out = rmdm.sample(model, x, steps=99, order="ancestral", generator=generator())
-    assert out.passes[1] <= 2 and out.passes[2] <= 9  # not in the steps that reveal nothing of an example
 
 
 # ---- 4. restarts ----
@@ -495,23 +473,18 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch
 EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 
+SEEN = [[j for j in range(81) if i // 9 == j // 9 or i % 9 == j % 9 or (i // 27, i % 9 // 3) == (j // 27, j % 9 // 3)]
+        for i in range(81)]  # fmt: skip
+
+
 def count_solutions(board):
     """An independent solver: plain backtracking, at most 2."""
-    board = [int(d) for d in board]
-
-    def options(i):
-        r, c = divmod(i, 9)
-        near = set(board[r * 9 : r * 9 + 9]) | set(board[c::9])
-        near |= {board[(r // 3 * 3 + a) * 9 + c // 3 * 3 + b] for a in range(3) for b in range(3)}
-        return set(range(1, 10)) - near
-
-    blanks = {i: options(i) for i in range(81) if not board[i]}
-    if not blanks:
+    options = {i: set(range(1, 10)) - {board[j] for j in SEEN[i]} for i in range(81) if not board[i]}
+    if not options:
         return 1
-    i, total = min(blanks, key=lambda i: len(blanks[i])), 0
-    for digit in blanks[i]:
-        board[i] = digit
-        total += count_solutions(board)
+    i, total = min(options, key=lambda i: len(options[i])), 0
+    for digit in options[i]:
+        total += count_solutions([*board[:i], digit, *board[i + 1 :]])
         if total > 1:
             return 2
     return total
@@ -528,22 +501,17 @@ def as_text(boards, blank="0"):
 
 def test_generated_puzzles_have_one_solution_and_no_clue_too_many(puzzles):
     assert sudoku.accept(*puzzles).all() and sudoku.valid(puzzles[1]).all()
-    assert all(count_solutions(puzzle) == 1 for puzzle in puzzles[0][:12])
-    odd = "...8..7....2....34..45..28...9672..3..........4......13.....4...5...8....8.15...."
-    for puzzle, needless in [(puzzles[0][0], []), (puzzles[0][1], []), (sudoku.parse(odd), [30])]:
-        c = np.where(puzzle == MASK, 511, 1 << puzzle.astype(np.uint16) >> 1).astype(np.uint16)
-        clues = np.flatnonzero(puzzle)
-        without = np.repeat(c[:, None], len(clues), 1)  # one clue given up in each column, its digit excluded
-        without[clues, np.arange(len(clues))] = 511 & ~c[clues]
-        assert clues[(sudoku.search(without) == 0).all(0)].tolist() == needless
-        assert count_solutions(np.where(np.arange(81) == clues[-1], MASK, puzzle)) == 2
+    for puzzle in puzzles[0][:6].tolist():
+        assert count_solutions(puzzle) == 1
+        without = [[*puzzle[:i], MASK, *puzzle[i + 1 :]] for i in range(81) if puzzle[i] != MASK]
+        assert all(count_solutions(board) == 2 for board in without)
 
 
 def test_augmentation_keeps_puzzles_valid_and_moves_everything(puzzles):
     both = torch.from_numpy(np.stack(puzzles)).long()
     p, s = sudoku.augment(both, generator()).numpy()
     assert sudoku.accept(p, s).all() and ((p != MASK).sum(1) == (puzzles[0] != MASK).sum(1)).all()
-    assert not (s == puzzles[1]).all(1).any() and count_solutions(p[0]) == 1
+    assert not (s == puzzles[1]).all(1).any() and count_solutions(p[0].tolist()) == 1
     many = sudoku.augment(both[1:, :1].expand(1, 2000, 81), generator(1))[0]
     assert all(len(set(many[:, i].tolist())) == 9 for i in range(81))  # every digit gets everywhere
 
@@ -559,26 +527,22 @@ def test_no_symmetric_picture_of_a_held_out_grid_in_training(puzzles):
 
 
 def test_the_cache_is_used_and_damage_is_noticed(tmp_path, monkeypatch):
-    first, refused = sudoku.generated(5, 1, tmp_path), 0
+    first = sudoku.generated(5, 1, tmp_path)
     (path,) = tmp_path.iterdir()
-    good = path.read_bytes()
     monkeypatch.delattr(sudoku, "generate")
     assert np.array_equal(first, sudoku.generated(5, 1, tmp_path))
-    for content in ({"a": 1}, torch.ones(2, 5, 80), torch.ones(2, 5, 81, dtype=torch.uint8), [1], torch.ones(())):
+    data = path.read_bytes()
+    path.write_bytes(data[:999] + bytes([data[999] ^ 1]) + data[1000:])
+    refuses(sudoku.generated, 5, 1, tmp_path, says="damaged.*delete the file")
+    for content in ({"a": 1}, torch.ones(2, 5, 80), torch.ones(2, 5, 81, dtype=torch.uint8)):
         rmdm.save(path, content)
         refuses(sudoku.generated, 5, 1, tmp_path, says="delete the file")
-    for at in range(0, len(good), 99):
-        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        try:
-            assert np.array_equal(first, sudoku.generated(5, 1, tmp_path))  # a bit that means nothing
-        except BadInput as e:
-            refused += "delete the file" in str(e)
-    assert refused > 9
 
 
 @pytest.mark.parametrize("bad, says", [
     (EASY[:-1], "this one 80"),
     (EASY.replace("7", "x"), "'x' at cell 5"),
+    (EASY.replace("7", "\u0667"), "at cell 5"),  # a digit, but not ASCII
     ("5" + EASY[:4] + "5" + EASY[6:], "row 1 has the digit 5 twice"),
     ("." * 10 + "1" + "." * 17 + "1" + "." * 52, "column 2 has the digit 1 twice"),
     ("1" + "." * 9 + "1" + "." * 70, "box 1 has the digit 1 twice"),
@@ -647,25 +611,15 @@ def test_generated_problems_are_those_that_brute_force_finds():
             assert largest(answer) == min(map(largest, truth[problem[-1]]))
 
 
-def test_the_limits_on_numbers_lose_no_target(monkeypatch):
-    numbers = np.array([[99, 99, 99, 99, 98], [97, 3, 89, 96, 5]])
-    limited = countdown.solutions(numbers)[0].tolist()
-    monkeypatch.setattr(countdown, "limits", lambda n: [(10**10,) * 3] * (n - 1))
-    assert countdown.solutions(numbers)[0].tolist() == limited and len(limited) > 80
-
-
 @pytest.mark.parametrize("answer, says", [
     ("87/29=3,32*3=96", None),
     ("32*87=2784,2784/29=96", None),
     ("87/29=3", "number left over: 32"),
     ("", "syntax of equation 1"),
     ("87/29=3,32*3=96\n", "syntax of equation 2"),
-    ("87/29=03,32*3=96", "syntax of equation 1"),
     ("\uff18\uff17/29=3,32*3=96", "syntax of equation 1"),  # digits, but not ASCII
     ("__import__('os').abort()", "syntax of equation 1"),
-    ("87+29=" + "9" * 5000, "syntax of equation 1"),
     ("87/32=2,29*3=96", "false equation 1"),
-    ("87/29=3,32*3=95", "false equation 2: 32*3=95"),
     ("29-87=0,32*3=96", "false equation 1"),
     ("87/29=3,32+3=35", "wrong target: 35, not 96"),
 ])  # fmt: skip
@@ -687,7 +641,6 @@ def test_the_checker_agrees_with_brute_force_on_spoiled_answers():
                     assert verdicts[-1] == (text in answers), (numbers, target, text)
     assert 1000 < sum(verdicts) < len(verdicts) - 1000
     assert countdown.check_text([5, 5, 7, 10], "5-5=0,7/0=0").startswith("false equation 2")
-    assert all(countdown.calculate(*side) is None for side in [(7, "/", 0), (7, "/", 2), (2, "-", 7)])
 
 
 def test_countdown_tokens():
@@ -767,20 +720,17 @@ def same(a, b):
     return all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kept, loops", [(True, dict(loops_min=1)), (False, dict(carry=3))])
-def test_a_resumed_run_ends_bit_identical(tmp_path, kept, loops):
+@pytest.mark.parametrize("loops", [dict(loops_min=1), dict(carry=3)])
+def test_a_resumed_run_ends_bit_identical(tmp_path, loops):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run = functools.partial(fit, steps=24, warmup=5, grad_loops=1, about={"task": "toy"}, **loops)
     run(whole, model=tiny(inject=True))
     with pytest.raises(KeyboardInterrupt):  # Ctrl-C in the middle of step 13
         run(cut, at_call(13, lambda: signal.raise_signal(signal.SIGINT)), model=tiny(inject=True))
-    half, before = state(cut), log(cut) if kept else []
-    assert half[0] == 10
-    if not kept:
-        (cut / "log.jsonl").unlink()  # no run needs its log
+    half, before = state(cut), log(cut)
     run(cut, model=tiny(inject=True), resume=True)
-    assert same(state(whole), state(cut)) and not same(half, state(cut))
-    assert log(cut)[: len(before)] == before and log(whole)[0]["task"] == "toy"
+    assert half[0] == 10 and same(state(whole), state(cut)) and not same(half, state(cut))
+    assert log(cut)[: len(before)] == before and before[0]["task"] == "toy"
     losses = [[(entry["step"], entry["loss"]) for entry in some] for some in (log(cut)[len(before) :], log(whole)[3:])]
     assert losses[0] == losses[1] and losses[0][0][0] == 15
     run(cut, at_call(1, lambda: pytest.fail("finished")), model=tiny(inject=True), resume=True)
@@ -837,103 +787,54 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert state(tmp_path)[0] == 5
 
 
-@pytest.mark.parametrize("loops_min, how, expected", [
-    (2, dict(grad_loops=2), {2, 3, 4}), (9, dict(grad_loops=9), {4}), (0, dict(supervise="final"), {4}),
-    (0, dict(carry=6, grad_loops=2), {2}),
+@pytest.mark.parametrize("how, expected", [
+    (dict(loops_min=2, grad_loops=2), {2, 3, 4}), (dict(loops_min=9, supervise="final"), {4}),
+    (dict(carry=6, grad_loops=2), {2}),
 ])  # fmt: skip
-def test_loops_are_drawn_and_their_cost_is_counted(tmp_path, loops_min, how, expected):
+def test_loops_are_drawn_and_their_cost_is_counted(tmp_path, how, expected):
     """The FLOPs in the log are those that torch counts, and the loops those of loops_min."""
-    seen, count, model = [], [], tiny(loops=4, inject=True, head_layers=1, tail_layers=1)
-
-    def look(n=0, g=None):
-        count.append(counter.get_total_flops())
-        return toy_batch(n, g) if n else {}
-
-    model.register_forward_pre_hook(lambda m, args, how: seen.append(how["loops"]), with_kwargs=True)
+    loops, flops, model = [], [], tiny(loops=4, inject=True, head_layers=1, tail_layers=1)
+    model.register_forward_pre_hook(lambda m, args, how: loops.append(how["loops"]), with_kwargs=True)
     with FlopCounterMode(display=False) as counter:
-        fit(tmp_path, look, lambda m: look(), model=model, eval_every=99, muon=False, loops_min=loops_min, **how)
-    assert set(seen[-20:]) == expected and len(count) <= 22  # before the first step it tries if it can train at all
-    assert count[-1] - count[-21] == log(tmp_path)[-1]["flops"]
+        batch = lambda n, g: flops.append(counter.get_total_flops()) or toy_batch(n, g)  # noqa: E731
+        fit(tmp_path, batch, model=model, muon=False, **how)
+    assert set(loops[-20:]) == expected  # before the first step it tries if it can train at all
+    assert counter.get_total_flops() - flops[1] == log(tmp_path)[-1]["flops"]
 
 
-def test_training_from_another_program(tmp_path, monkeypatch):
-    """From a thread, with NumPy's numbers and a clock; another model's, run's or data's checkpoint is refused."""
-    results, clock, made = [], [0.0], lambda: tiny(loop_embedding=False)
+def test_the_log_counts_seconds_of_training_alone(tmp_path, monkeypatch):
+    clock = [0.0]
     monkeypatch.setattr(rmdm.time, "perf_counter", lambda: clock[0])
 
     def tick(seconds, result):
         clock[0] += seconds
         return result
 
-    how = dict(batch=lambda n, g: tick(1, toy_batch(n, g)), evaluate=lambda m: tick(1000, {"score": np.float32(0.5)}))
-    thread = threading.Thread(target=lambda: results.append(fit(tmp_path, model=made(), **how)))
-    thread.start()
-    thread.join()
-    assert torch.equal(rmdm.load(tmp_path)(X, T)[0], results[0](X, T)[0]) and log(tmp_path)[-1]["score"] == 0.5
-    assert [entry["seconds"] for entry in log(tmp_path)[1:]] == [5, 10, 15, 20]  # of training alone
-    for other, says in [
-        (dict(model=tiny()), "begun with "),
-        (dict(steps=3), "steps=20, not 3"),
-        (dict(about={"task": "b"}), "task=None, not b"),
-    ]:
-        refuses(fit, tmp_path, **dict(model=made()) | other, resume=True, says=says)
+    fit(tmp_path, lambda n, g: tick(1, toy_batch(n, g)), lambda m: tick(1000, {"score": np.float32(0.5)}))
+    assert [(entry["seconds"], entry["score"]) for entry in log(tmp_path)[1:]] == [(s, 0.5) for s in (5, 10, 15, 20)]
 
 
-def test_a_four_by_four_board_is_learned(tmp_path):
-    coords = torch.tensor([(i // 4, i % 4, i // 8 * 2 + i % 4 // 2) for i in range(16)])
-    rows = torch.tensor(list(itertools.permutations((1, 2, 3, 4))))
-    grids = rows[torch.cartesian_prod(*[torch.arange(24)] * 4)].view(-1, 16)
-    for units in (coords[:, 1].argsort(), coords[:, 2].argsort()):
-        grids = grids[(grids[:, units].view(-1, 4, 4).sort().values == torch.arange(1, 5)).all((1, 2))]
-    boards = grids[torch.randperm(288, generator=generator())]
-
-    def batch(n, g):
-        x0 = boards[torch.randint(0, 200, (n,), generator=g)]
-        return x0, torch.rand(x0.shape, generator=g) < 0.6
-
-    torch.manual_seed(0)
-    model = rmdm.RMDM(Config(vocab=5, coords=coords, width=32, loops=4))
-    model = fit(tmp_path, batch, model=model, steps=300, size=64, eval_every=999, save_every=999)
-    unique = []  # puzzles from grids not trained on, with exactly one solution
-    for grid, u in zip(boards[200:], torch.rand(88, 16, generator=generator(5))):
-        if ((grids == grid) | (u >= 0.5)).all(1).sum() == 1:
-            unique.append(torch.where(u < 0.5, grid, MASK))
-    solved = rmdm.sample(model, torch.stack(unique), steps=16).x
-    assert len(unique) > 40 and set(map(tuple, solved.tolist())) <= set(map(tuple, grids.tolist()))
+def twice(model):
+    """The loss of a batch, and its gradients, at the second time."""
+    x0, g = torch.randint(1, 4, (8, 3), generator=generator(5)), generator()
+    for _ in range(2):
+        model.zero_grad()
+        value, _ = rmdm.loss(model, x0, x0 > 0, "elbo", grad_loops=2, generator=g)
+        value.backward()
+    return [value.detach(), *(w.grad for w in model.parameters())]
 
 
-DDP = """
-import os, sys, torch, rmdm, test_rmdm as t
-rank = 0 if (pid := os.fork()) else 1
-torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/init", rank=rank, world_size=2)
-value, *grads = t.half(torch.nn.parallel.DistributedDataParallel(t.tiny(**t.OURS)), rank)
-torch.distributed.all_reduce(value)
-if rank:
-    os._exit(0)
-torch.save([value / 2, *grads], sys.argv[1] + "/out.pt")
-assert os.waitpid(pid, 0)[1] == 0
-"""
-
-
-def half(model, rank):
-    """The loss of one of two halves of a batch, and its gradients."""
-    x0 = torch.randint(1, 4, (8, 3), generator=generator(5))[rank::2]
-    value, _ = rmdm.loss(model, x0, x0 > 0, "elbo", grad_loops=2, generator=generator(rank))
-    value.backward()
-    return [value.detach(), *(w.grad.clone() for w in model.parameters())]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork") or not torch.distributed.is_available(), reason="needs os.fork and gloo")
-def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
-    done = python(DDP, tmp_path, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
-    assert done.returncode == 0, done.stderr
-    expected = [(a + b) / 2 for a, b in zip(half(tiny(**OURS), 0), half(tiny(**OURS), 1))]
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(torch.load(tmp_path / "out.pt"), expected, strict=True))
-
-
-def test_a_compiled_model_has_the_same_loss_and_gradients():
-    compiled = torch.compile(tiny(**OURS), backend="eager")
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(half(tiny(**OURS), 0), half(compiled, 0), strict=True))
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
+def test_a_model_wrapped_by_torch_has_the_same_loss_and_gradients(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        wrapped = [twice(torch.nn.parallel.DistributedDataParallel(tiny(**OURS)))]
+    finally:
+        torch.distributed.destroy_process_group()
+    wrapped.append(twice(torch.compile(tiny(**OURS), backend="eager")))
+    for found in wrapped:
+        assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(twice(tiny(**OURS)), found, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -983,43 +884,30 @@ def board(cli):
     return content
 
 
-def test_the_sudoku_commands_end_to_end(cli, puzzles, monkeypatch):
+def test_the_sudoku_commands_end_to_end(cli, puzzles):
     p, s = map(as_text, puzzles)
-    real, calls = sudoku.batches, []
-
-    def interrupting(*data):
-        batch = real(*data)
-        return lambda *a: calls.append(1) or len(calls) == 2 and signal.raise_signal(signal.SIGINT) or batch(*a)
-
-    monkeypatch.setattr(sudoku, "batches", interrupting)
     train = ("--puzzles", 8, "--device", "cpu", "--set", *SMALL)
-    assert cli(sudoku, *train) == (130, "", "stopped") and state(Path("runs/sudoku"))[0] == 0
-    code, out, _ = cli(sudoku, *train, "--resume")
+    code, out, _ = cli(sudoku, *train)
     assert code == 0 and "T=81" in out and re.findall(r"L=(\d+)", out)[:2] == ["2", "4"]
-    assert cli(sudoku, *train, "--resume")[1] == out and len(calls) == 4  # a finished run reports once more
+    assert cli(sudoku, *train, "--resume")[1] == out  # a finished run reports once more
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1].split()
     code, out, _ = cli(sample, *command, "--tries", 2, "--steps", 9, "--noise", 1)
     assert code == 1 and "not solved: " in out and out.count("|") == 36 and "(try 2, 18 steps, 36 loops)" in out
-    code, out, _ = cli(sample, *command, "--show", "--tries", 1, "--steps", 2, "--loops", 16)
-    pictures = [int(l) for l in re.findall(r"loop (\d+): ", out)]  # every second one, and no blank lines for the others
-    assert pictures == list(range(2, 17, 2)) and "step 2 of 2, 16 loops" in out
-    assert "\n\n\n" not in out and "\033" not in out
+    _, out, _ = cli(sample, *command, "--show", "--tries", 1, "--steps", 2, "--loops", 16)
+    pictures = [int(l) for l in re.findall(r"loop (\d+): ", out)]  # every second one
+    assert pictures == list(range(2, 17, 2)) and "step 2 of 2, 16 loops" in out and "\033" not in out
     rows = map("{},{},{}\n".format, [*p[:6], s[0]], [*s[:6], s[0]], [*"010101", "full"])
     Path("p.csv").write_text("puzzle,solution,level\n" + "".join(rows))
     measure = ("sudoku", "--checkpoint", "runs/sudoku", "--data", "p.csv", "--json", "--steps")
     rows = [json.loads(line) for line in cli(sample, *measure, "1,2", "--by", "level")[1].splitlines()]
     groups = [("0", 3), ("1", 3), ("full", 1), (None, 7)]
     assert [(r["steps"], r["group"], r["n"]) for r in rows] == [(T, *group) for T in (1, 2) for group in groups]
-    assert rows[0]["loops"] == 2 and rows[0]["order"] == "confidence" and rows[0]["checkpoint"] == "runs/sudoku"
     assert rows[0]["nfe"] == 2 and rows[2]["exact"] == rows[2]["valid"] == rows[2]["first"] == rows[2]["cell"] == 1
     assert rows[3]["exact"] == pytest.approx(1 / 7) and rows[3]["nfe"] == pytest.approx(12 / 7)
     row = json.loads(cli(sample, *measure, 1, "--loops", 9, "--eps", 99, "--tries", 3)[1])  # stops at once
-    assert row["eps"] == 99 and row["nfe"] == pytest.approx(3 * 6 / 7) and row["tries"] == pytest.approx(19 / 7)
-    assert row["max_tries"] == 3 and row["first"] == row["exact"] == pytest.approx(1 / 7)
+    assert row["nfe"] == pytest.approx(3 * 6 / 7) and row["tries"] == pytest.approx(19 / 7) and row["max_tries"] == 3
     Path("many.csv").write_text("puzzle,solution\n" + "".join(map("{},{}\n".format, p[:12], s)) + "damaged\n")
-    train = ("--data", "many.csv", "--out", "b", "--set", *SMALL)
-    code, _, err = cli(sudoku, *train, "--puzzles", 9)  # it takes what it needs, and no more
-    assert code == 2 and "many.csv, line 14" in err and cli(sudoku, *train, "--puzzles", 8)[0] == 0
+    assert cli(sudoku, "--data", "many.csv", "--out", "b", *train)[0] == 0  # it takes what it needs, and no more
     code, out, _ = cli(sample, "sudoku", EASY, "--steps", 20)  # with the weights of the repository
     assert code == 0 and "right, checked by the rules (try 1, " in out and "1 of 1 right" in out
 
@@ -1039,12 +927,11 @@ def test_the_countdown_commands_end_to_end(cli):
     assert code == 0 and "right, checked by the rules" in out
 
 
-@pytest.mark.parametrize("module, form, size", [
-    (sudoku, sudoku.PRESETS["paper"][:2], "--puzzles=20"),
-    (countdown, countdown.presets(3)["paper"][:2], "--problems=500"),
+@pytest.mark.parametrize("module, presets, size", [
+    (sudoku, sudoku.PRESETS, "--puzzles=20"), (countdown, countdown.presets(3), "--problems=500"),
 ])  # fmt: skip
-def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, form, size):
-    config, training = form
+def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, presets, size):
+    config, training, _ = presets["paper"]
     assert not (config.inject or config.coord_bias or training.grad_loops or training.muon or config.head_layers)
     assert config.coords == tuple((i,) for i in range(len(config.coords))) and config.time and config.loop_embedding
     assert training.supervise == "all" and training.objective == "simple" and not training.loops_min
@@ -1208,72 +1095,48 @@ def test_uniform_samples_follow_the_exact_law(uniform, schedule):
 def test_uniform_commands_end_to_end(cli, puzzles, monkeypatch):
     module, few = pytest.importorskip("evidence.uniform"), [part[:12] for part in puzzles]
     monkeypatch.setattr(sudoku, "generated", lambda n, seed: few)
-    code, out, err = cli(module, "--set", *SMALL)
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and [row["nfe"] for row in rows] == [2, 10, 40, 162] * 2, err
+    rows = [json.loads(line) for line in cli(module, "--set", *SMALL)[1].splitlines()]
+    assert [row["nfe"] for row in rows] == [2, 10, 40, 162] * 2
     held_out = zip(*map(as_text, sudoku.split(*few, 4)[1]))
     Path("p.csv").write_text("puzzle,solution\n" + "\n".join(map(",".join, held_out)))
-    code, out, err = cli(module, "--data", "p.csv")
-    assert [json.loads(line) | dict(data=None) for line in out.splitlines()] == rows, err
-    Path("p.csv").write_text(f"puzzle\n{EASY}\n")
-    assert cli(module, "--data", "p.csv")[0] == "p.csv: no puzzle with a solution"
+    assert [json.loads(x) | dict(data=None) for x in cli(module, "--data", "p.csv")[1].splitlines()] == rows
 
 
-@pytest.mark.skipif(not (HERE / "evidence" / "attention.py").exists(), reason="no evidence here")
-@pytest.mark.parametrize("form", [dict(layers=2), OURS, LOOPMDM], ids=["R-MDM", "ours", "LoopMDM"])
-def test_the_attention_of_the_evidence_is_the_models_own(form, monkeypatch):
+def test_the_attention_of_the_evidence_is_the_models_own(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "evidence")
-    attention, m = importlib.import_module("attention"), tiny(**form)
+    attention, m, calls = pytest.importorskip("attention"), tiny(**OURS, **LOOPMDM), []
     x0, editable = torch.tensor([[3, 2, 1], [1, 1, 2]]), torch.tensor([[True] * 3, [False, True, True]])
-    unit, calls = torch.tensor([[True, True, False], [True, True, True], [False, True, True]]), []
-    t = torch.full((2,), 0.6)
+    unit, t = torch.tensor([[True, True, False], [True, True, True], [False, True, True]]), torch.full((2,), 0.6)
     x_t, masked = rmdm.corrupt(x0, t, editable, generator())  # the script draws the same
-    assert masked.sum() == 3 < editable.sum()
-    ce = rmdm.masked_ce(m, x0, x_t, masked, t, supervise="all", loops=5)[0].sum((1, 2)) / 3
+    ce = rmdm.masked_ce(m, x0, x_t, masked, t, supervise="all", loops=5)[0].sum((1, 2)) / masked.sum()
 
     def check(layer, args, output):  # values so weighted must make what the layer returns
         h, a = args[0], attention.attention(layer, *args)
         v = layer.qkv(layer.norm1(h))[..., 32:].view(2, 3, 2, 8).transpose(1, 2)
         mid = h + layer.out((a @ v).transpose(1, 2).reshape(2, 3, 16))
         assert torch.allclose(mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), output, atol=1e-5)
-        calls.append(a)
+        calls.append(a.detach().transpose(0, 1)[:, masked])
 
     for layer in (*m.head, *m.block, *m.tail):
         layer.register_forward_hook(check)
     rows = attention.by_loop(m, x0, editable, t, 5, unit)
     assert [row["ce"] for row in rows if row["part"] == "loop"] == pytest.approx(ce.tolist(), rel=1e-4)
-    parts = ("loop", "tail") if m.tail else ("loop",)
-    at = [("head", 0)] * len(m.head) + [(part, l) for l in range(1, 6) for part in parts]
-    assert [(row["part"], row["loop"]) for row in rows] == at
-    queries = [(b, i) for b, i in itertools.product(range(2), range(3)) if masked[b, i]]
-    kinds = {
-        "masked": lambda b, i, j: i != j and masked[b, j],
-        "self": lambda b, i, j: i == j,
-        "unit": lambda b, i, j: i != j and unit[i, j],
-        "unit_masked": lambda b, i, j: i != j and unit[i, j] and masked[b, j],
-    }
+    own = torch.eye(3, dtype=torch.bool).expand(2, 3, 3)
+    others = masked[:, None] & ~own
+    kinds = {"masked": others, "self": own, "unit": unit & ~own, "unit_masked": unit & others}
     for row in rows:
-        layers = [calls.pop(0) for _ in {"head": m.head, "loop": m.block, "tail": m.tail}[row["part"]]]
+        a = torch.stack([calls.pop(0) for _ in {"head": m.head, "loop": m.block, "tail": m.tail}[row["part"]]])
         for name, kind in kinds.items():
-            pairs = [(b, i, j) for b, i in queries for j in range(3) if kind(b, i, j)]
-            share = [[sum(a[b, head, i, j].item() for b, i, j in pairs) / 3 for head in (0, 1)] for a in layers]
-            assert np.allclose(row["heads"][name], share, atol=1e-5) and row[name] == pytest.approx(np.mean(share))
-            assert row["uniform"][name] == pytest.approx(len(pairs) / 9)
+            share = (a * kind[masked]).sum(-1).mean(-1)  # of each layer and head
+            assert np.allclose(row["heads"][name], share, atol=1e-5) and row[name] == pytest.approx(share.mean().item())
+            assert row["uniform"][name] == pytest.approx(kind[masked].float().mean().item())
+    assert not calls and len(rows) == 11
 
 
 # ---- 9. trust ----
 
 
-def change(content, changes):
-    """A copy of nested dicts with {"path/to/a/key": value, ..} replaced, or dropped where the value is `change`."""
-    for path, value in changes.items():
-        key, _, rest = path.partition("/")
-        new = {key: change(content[key], {rest: value}) if rest else value}
-        content = {k: v for k, v in (content | new).items() if v is not change}
-    return content
-
-
-def test_what_is_not_solved_is_never_called_right(cli, puzzles, board, monkeypatch):
+def test_what_is_not_solved_is_never_called_right(puzzles):
     puzzle, solution = (part[0] for part in puzzles)
     other = np.arange(10, dtype=np.uint8)[[0, 2, 3, 4, 5, 6, 7, 8, 9, 1]][solution]  # valid, but all clues are changed
     holes = [np.where(np.arange(81) == i, MASK, solution) for i in (np.flatnonzero(puzzle)[0], (puzzle == 0).argmax())]
@@ -1283,11 +1146,6 @@ def test_what_is_not_solved_is_never_called_right(cli, puzzles, board, monkeypat
         assert sudoku.score(puzzle[None], torch.tensor(wrong[None])) < 1
     tokens = countdown.encode(*countdown.solutions(np.array([[87, 29, 32]])))[0]
     assert "syntax" in countdown.check([87, 29, 32, 96], np.where(countdown.editable(34), MASK, tokens))
-    model = rmdm.load("board.pt")
-    model.norm.bias.data.fill_(math.nan)
-    monkeypatch.setattr(rmdm, "load", lambda *a: model)
-    code, out, _ = cli(sample, "sudoku", EASY, "--steps", 2, "--tries", 2)
-    assert code == 1 and "not solved" in out and "checked by the rules" not in out and "0 of 1 right" in out
 
 
 HEAD, GOOD = "id,puzzle,solution\n", "1,{q},{a}\n"
@@ -1301,7 +1159,6 @@ HEAD, GOOD = "id,puzzle,solution\n", "1,{q},{a}\n"
     (HEAD + GOOD + "2,{q}\n", "line 3: 2 fields, not 3"),
     (HEAD + GOOD + "2,{q},{a},4\n", "line 3: 4 fields, not 3"),
     (HEAD + GOOD + "2,{q},{q}\n", "line 3: the solution is wrong"),
-    ("{q}\n{s}\n", "line 2: a puzzle has 81 cells, this one 80"),
     ("id,question mark\n", "line 1"),
     ('{{"input": "1,35,14,22"}}', "line 2: not a JSON object with input, output"),
     ("[" * 100_000, "line 2: not a JSON object"),
@@ -1317,7 +1174,7 @@ def test_a_file_is_read_whole_or_refused_with_the_line(tmp_path, puzzles, text, 
     refuses(lambda: list(task.read_file(path)), says=says)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_or_a_file_cut_short_is_noticed(tmp_path):
     path, good, random, refused = tmp_path / "x.pt", HERE / "weights/sudoku-short.pt", np.random.default_rng(0), 0
     data, whole = good.read_bytes(), rmdm.load(good)
     for at, bit in zip(random.integers(len(data), size=300), random.integers(8, size=300)):
@@ -1329,94 +1186,84 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         else:  # a bit that means nothing
             assert model.config == whole.config and same(model.state_dict().values(), whole.state_dict().values())
     assert refused > 250
+    for end in (0, 99, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:end])
+        refuses(rmdm.load, path, says="damaged, or not written by rmdm")
 
 
 class Evil:
+    """Opens a file when it is unpickled."""
+
     def __reduce__(self):
         return open, ("owned", "w")
 
 
-@pytest.mark.parametrize("content, says", [
-    (lambda board: Path("x.pt").write_bytes(pickle.dumps(Evil())), "damaged, or not written by rmdm"),
-    ({"about": Evil()}, "damaged, or not written by rmdm"),
-    (lambda board: rmdm.save("x.pt", [1]), "do not fit"),
-    (lambda board: rmdm.save("x.pt", torch.ones(3)), "do not fit"),
-    ({"about": [1]}, "do not fit"),
-    ({"about/task": "countdown"}, "made for countdown, not for sudoku"),
-    ({"ema/norm.bias": 3}, "do not fit"),
-    ({"ema/norm.bias": change}, "norm.bias"),
-    ({"config/depth": 3}, "depth"),
-    *(({f"config/{name}": odd}, "do not fit") for name in ("loops", "width", "coords") for odd in (2.5, "8", None)),
+@pytest.mark.parametrize("spoil, says", [
+    (lambda saved: saved.update(about=Evil()), "damaged, or not written by rmdm"),
+    (lambda saved: saved["about"].update(task="countdown"), "made for countdown, not for sudoku"),
+    (lambda saved: saved.pop("about"), "do not fit"),
+    (lambda saved: saved["ema"].update({"norm.bias": 3}), "do not fit"),
+    (lambda saved: saved["ema"].pop("norm.bias"), "norm.bias"),
+    (lambda saved: saved["config"].update(depth=3), "depth"),
+    (lambda saved: saved["config"].update(width=7), "do not fit"),
+    (lambda saved: saved["config"].update(coords="8"), "do not fit"),
 ])  # fmt: skip
-def test_a_file_that_is_no_model_of_ours_is_refused_and_runs_no_code(board, content, says):
-    if callable(content):
-        content(board)
-    else:
-        torch.save(change(board, content), "x.pt")
+def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, spoil, says):
+    spoil(board)
+    torch.save(board, "x.pt")
     refuses(rmdm.load, "x.pt", task="sudoku", says=says)
     assert not Path("owned").exists()
 
 
-def test_two_processes_in_one_folder_do_not_tear_each_others_files(tmp_path, monkeypatch):
+def test_a_run_is_resumed_with_its_own_settings_alone(tmp_path):
+    fit(tmp_path, steps=2, about={"task": "a", "data": 1})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for other, says in [
+        (dict(model=tiny(loops=9)), "begun with loops=3, not 9"),
+        (dict(steps=9), "begun with steps=2, not 9"),
+        (dict(about={"task": "b", "data": 1}), "begun with task=a, not b"),
+        (dict(about={"task": "a"}), "begun with data=1, not None"),
+        (dict(about={"task": "a", "data": 1, "seed": 1}), "begun with seed=None, not 1"),
+    ]:
+        refuses(fit, tmp_path, **dict(steps=2, about={"task": "a", "data": 1}) | other, resume=True, says=says)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
     path, fsync = tmp_path / "x.pt", os.fsync
 
     def second(fd):  # another process saves while the first one is at it
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "getpid", lambda: 1)
+        Path(f"{path}.1.part").touch()  # left by one that was killed; in containers numbers come again
         rmdm.save(path, torch.zeros(5))
         assert rmdm.read(path).sum() == 0
 
     monkeypatch.setattr(os, "fsync", second)
     rmdm.save(path, torch.ones(5))
     assert rmdm.read(path).sum() == 5 and list(tmp_path.iterdir()) == [path]
-    for name in ("model.pt", "checkpoint.pt", "log.jsonl", "notes.txt"):
-        folder = tmp_path / name.replace(".", "-")
-        folder.mkdir()
-        (folder / name).write_text("mine")
-        refuses(fit, folder, says="is in use: resume its run .* or choose another")
-        assert (folder / name).read_text() == "mine" and len(list(folder.iterdir())) == 1
 
 
-@pytest.mark.parametrize("odd", [np.float32(1), np.int64(2), np.bool_(True), Path("x"), {1, 2}], ids=str)
-def test_what_can_be_saved_can_be_read(tmp_path, odd):
-    """A setting is converted, or refused before the first step."""
-    for place in ("about", "batch", "time"):
-        out, steps = tmp_path / place, []
-        try:
-            how = dict(about={"x": odd}) if place == "about" else dict(size=odd) if place == "batch" else {}
-            how["model"] = tiny(time=odd if place == "time" else False)
-            fit(out, batch=lambda n, g: steps.append(n) or toy_batch(n, g), steps=1, **how)
-        except (BadInput, TypeError):
-            assert not steps and not out.exists()
-        else:
-            assert steps and rmdm.load(out) and rmdm.load(out / "model.pt")
-            fit(out, steps=1, resume=True, **how)
+def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(TypeError):
+        fit(tmp_path / "out", about={"data": Path("x")})
+    assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_before_the_first_checkpoint_leaves_nothing_in_the_way(cli, monkeypatch):
-    def stopped(*a):
-        raise KeyboardInterrupt
-
+def test_ctrl_c_is_one_line_and_before_the_first_checkpoint_leaves_nothing_in_the_way(cli, monkeypatch):
     train = ("--puzzles", 8, "--set", *SMALL)
-    for module, name in ((sudoku, "generated"), (rmdm, "make_optimizers"), (rmdm, "save")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, stopped)
-            assert cli(sudoku, *train) == (130, "", "stopped"), name
-    code, out, err = cli(sudoku, *train)
-    assert code == 0 and "T=81" in out, err
+    with monkeypatch.context() as patch:
+        patch.setattr(rmdm, "save", lambda *a: signal.raise_signal(signal.SIGINT))
+        patch.setattr(sudoku, "generated", sudoku.generate)
+        assert cli(sudoku, *train) == (130, "", "stopped")
+    assert cli(sudoku, *train)[0] == 0
 
 
-def test_closed_streams_are_no_traceback(cli, board, monkeypatch):
-    use, train = ("sudoku", "--checkpoint", "board.pt"), ("--puzzles", 8, "--set", *SMALL)
-    monkeypatch.setattr(sys, "stdin", None)
-    code, _, err = cli(sample, *use)
-    assert code == 2 and "standard input is closed" in err and cli(sudoku, *train)[0] == 0
-    monkeypatch.setattr(sys, "stdout", None)
-    assert cli(sample, *use, EASY, "--tries", 1, "--steps", 1)[0] == 1 and cli(sudoku, *train, "--resume")[0] == 0
+def test_a_closed_pipe_is_no_traceback(board):
     read, write = os.pipe()
     os.close(read)  # `| head`
     how = dict(cwd=".", capture_output=False, stdout=write, stderr=subprocess.PIPE)
-    done = python(str(HERE / "sample.py"), *use, EASY, "--tries", 1, "--steps", 1, **how)
+    done = python(str(HERE / "sample.py"), *f"sudoku --checkpoint board.pt {EASY} --tries 1 --steps 1".split(), **how)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -1435,38 +1282,34 @@ def test_problems_come_as_arguments_files_and_streams(cli, board, puzzles, monke
 HUGE = "9" * 30
 BAD = {
     (sudoku, "no such file"): ["--resume", "--data ''", "--data /dev/zero"],
-    (sudoku, "in use"): ["--out ''"],
-    (sudoku, "seed"): ["--seed -1", f"--seed {HUGE}"],
-    (sudoku, "puzzles is from 1"): ["--puzzles 0"],
+    (sudoku, "in use: resume its run"): ["--out ."],
+    (sudoku, "seed"): ["--seed -1"],
+    (sudoku, "puzzles is from 1"): ["--puzzles 0", f"--puzzles {HUGE}"],
     (sudoku, "needs inject=true"): ["--set inject=false"],
     (sudoku, "no field 'stepz'"): ["--set stepz=3"],
-    (sudoku, "steps must be of type int"): ["--set steps=many", f"--set steps={HUGE}x"],
-    (sudoku, "lr, lr_rest and clip are above 0"): ["--set lr=0"],
+    (sudoku, "steps must be of type int"): ["--set steps=many"],
     (sudoku, "more than 4 puzzles"): ["--data p.csv"],
     (countdown, "no such file"): ["--data ''"],
     (countdown, "problems is from 1"): ["--problems 0"],
     (countdown, "with solutions"): ["--data no.jsonl"],
     (countdown, "nothing left to train or test on"): ["--data held.jsonl"],
     (countdown, "--numbers of operands"): ["--data held.jsonl --numbers 4"],
-    (sample, "neither a problem nor a file"): ["sudoku none.txt", "sudoku /dev/zero"],
-    (sample, "no such file"): ["sudoku --data /dev/zero", "sudoku --data ''", f"sudoku {EASY} --checkpoint /dev/zero",
-                               f"sudoku {EASY} --checkpoint ''"],
+    (sample, "neither a problem nor a file"): ["sudoku none.txt"],
+    (sample, "no such file"): ["sudoku --data ''", f"sudoku {EASY} --checkpoint none"],
     (sample, "no column called "): ["sudoku --data p.csv --by color", "sudoku --data p.csv --by ''"],
     (sample, "--steps is a number"): [f"sudoku {EASY} --steps {HUGE}", f"sudoku {EASY} --steps ''"],
     (sample, "seed"): [f"sudoku {EASY} --seed {HUGE}"],
     (sample, "temperature"): [f"sudoku {EASY} --temperature inf"],
     (sample, "p.txt, line 2: a puzzle has 81 cells, this one 82"): ["sudoku p.txt"],
     (sample, "noise.bin: not a text file"): ["sudoku noise.bin"],
+    (sample, "noise.bin, line "): ["sudoku --data noise.bin", "countdown --data noise.bin"],
     (sample, "noise.bin: damaged, or not written by rmdm"): [f"sudoku {EASY} --checkpoint noise.bin"],
     (sample, "several --steps need --data"): [f"sudoku {EASY} --steps 1,5"],
     (sample, "for 3 operands, not 4"): [f"countdown 1,2,3,4,50 --checkpoint {HERE}/weights/countdown-3.pt"],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("module, says, argv", [(*key, argv) for key, some in BAD.items() for argv in some] + [
-    (sudoku, "--puzzles is from 1", f"--puzzles {HUGE} --data p.csv"),
-    (countdown, "--problems is from 1", f"--problems {HUGE} --data held.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize("module, says, argv", [(*key, argv) for key, some in BAD.items() for argv in some])
 def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch, module, says, argv):
     monkeypatch.setattr(sudoku, "generate", lambda n, seed: np.random.default_rng(seed) and [p[:n] for p in puzzles])
     Path("p.csv").write_text("puzzle\n" + EASY + "\n")
@@ -1480,60 +1323,3 @@ def test_bad_input_is_one_line_and_exit_code_2(cli, board, puzzles, monkeypatch,
     assert code == 2 and says in err and err.startswith(f"{module.__name__}.py: ") and len(err) < 400, err
     left = {path for path in Path().rglob("*") if path.parts[0] != "data"} - before
     assert "right" not in out and not left
-
-
-FUZZ = int(os.environ.get("FUZZ", 200))  # inputs to each parser, file reader and script
-ODD = [*"0123456789.,-+*/=_{}[]|#\x00\r\n\t \"'%", "\ufeff", "\u0663", "\uff11", "\ud800", "null", "-1", "1e9"]
-ODD += ["9" * 400, "[" * 3000]
-OPTIONS = "steps loops eps order threshold temperature seed data by set out json tries noise device checkpoint paper"
-OPTIONS = [f"--{name}" for name in f"{OPTIONS} resume numbers problems puzzles".split()]
-VALUES = "3 -1 nan inf 1e400 none.csv cpu x=y steps=0 lr=nan batch=-1 loops=2.5 width=7".split() + ["", "9" * 30]
-
-
-def spoil(data, random):
-    """A copy of a str or bytes with one to three random edits: cut, repeat, replace, insert."""
-    for _ in range(random.integers(1, 4)):
-        i, j = sorted(random.integers(0, len(data) + 1, 2))
-        j = min(j, i + 2) if random.random() < 0.7 else j
-        new = ODD[random.integers(len(ODD))]
-        new = new.encode("utf-8", "surrogatepass") if isinstance(data, bytes) else new
-        data = data[:i] + (data[i:j] * 2 if random.random() < 0.2 else new * (random.random() < 0.8)) + data[j:]
-    return data
-
-
-def test_hostile_texts_files_and_options(cli, board, puzzles, tmp_path):
-    random, count = np.random.default_rng(0), dict(read=0, refused=0)
-    text, truth = as_text(puzzles[0][:2]) + as_text(puzzles[1][:2]), sorted(set(every_solution((87, 29, 32))[96]))
-    cache = Path("sudoku-minimal-v3-seed7-n5.pt")
-    rmdm.save(cache, torch.from_numpy(np.stack([part[:5] for part in puzzles])))
-    files = {
-        "x.csv": (f"id,question,answer\n1,{text[0]},{text[2]}\n2,{text[1]},{text[3]}\n".encode(), sudoku.read_file),
-        "x.txt": (f"# two\n{EASY}\n{text[0]}\n".encode(), sudoku.read_file),
-        "x.jsonl": (b'{"input": "87,29,32,96", "output": "87/29=3,32*3=96"}\n' * 3, countdown.read_file),
-        "x.pt": (Path("board.pt").read_bytes(), lambda path: [rmdm.load(path)]),
-        cache.name: (cache.read_bytes(), lambda path: sudoku.generated(5, 7, ".")),
-    }
-    texts = [(sudoku.parse, EASY), (countdown.parse, "87,29,32,96")]
-    texts += [(lambda pair: rmdm.override([pair], Config(4, 3), TrainConfig()), pair)
-              for pair in ("steps=30", "lr=0.1", "supervise=all", "inject=true", "width=64")]  # fmt: skip
-    for _ in range(FUZZ):
-        tasks = [(parse, spoil(good, random)) for parse, good in texts]
-        for name, (good, read) in files.items():
-            Path(name).write_bytes(spoil(good, random))
-            tasks.append((lambda path, read=read: list(read(path)), name))
-        for read, argument in tasks:
-            try:
-                found = read(argument)
-                count["read"] += 1
-                assert read is not sudoku.parse or sudoku.conflict(found) is None and len(found) == 81
-            except BadInput as e:
-                count["refused"] += 1
-                assert "\n" not in str(e) and len(str(e)) < 1000
-        answer = spoil(truth[random.integers(len(truth))], random)
-        assert (countdown.check_text([87, 29, 32, 96], answer) is None) == (answer in truth), answer
-        argv = [str(random.choice(OPTIONS if random.random() < 0.5 else VALUES)) for _ in range(random.integers(1, 5))]
-        for module in (sample, countdown, sudoku):
-            task = ["sudoku", "1" * 81] if module is sample else ["--data", "none.csv"]  # an error at the latest here
-            code, _, err = cli(module, *argv, *task)
-            assert code == 2 and err.startswith(f"{module.__name__}.py: "), (module, argv, err)
-    assert count["refused"] > FUZZ < 10 * count["read"]
