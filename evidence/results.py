@@ -140,6 +140,7 @@ MINUTES, NELBO = {"minutes": last("seconds", 1 / 60)}, {"NELBO, nats": last("nel
 KAGGLE = exact("kaggle3m", 5, 20, 81)
 CHOICES = SIZE | NELBO | {"held-out, T=81": printed(r"^  L={loops} .* (\S+)$")} | KAGGLE
 TESTS = {f"{key}, T=34": printed(rf"^held-out {key}.* solved (\S+)%") for key in ("operands", "targets")}
+FINAL = {f"held-out {key}": last(f"held-out {key}", 100) for key in ("operands", "targets")}
 STEPS = {f"T={T}": printed(r"^  L={loops}" + i * r" +\S+" + r" +(\S+)") for i, T in enumerate((1, 4, 8, 34))}
 FAULTS = "begins well", "number not available", "false equation 1", "false equation 2"
 FAULTS = {key: printed(rf"^held-out operands.* {key} (\S+)%") for key in FAULTS}
@@ -186,6 +187,10 @@ def carry():
     rows = [seeds for log in names for seeds in found[log]]
     labels = iter(names.values())
     return compare(rows, columns, "examples", lambda model: next(labels))
+
+
+def operands(model):
+    return f"CD{model['numbers']}, {shape(model)}"
 
 
 def noise(found, loops):
@@ -352,7 +357,9 @@ def hard(row):
 
 TRIES = (1, 4, 16, 64)
 SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
-COUNTDOWN_LONG = {"20,000 steps": "countdown-long"}
+COUNTDOWN_LONG = {"CD3, 1 x 4": "countdown-long", "CD4, 3 x 2": "countdown-4"}
+COUNTDOWN_ALL = COUNTDOWN_LONG | {"CD3, 3 x 2": "countdown-3x2"}
+COUNTDOWN_ALL |= {"CD3, 3 x 2, random": "countdown-3x2-random", "CD4, 3 x 2, random": "countdown-4-random"}
 LOOPS, LIMIT = {"loops in training": model}, {"at most": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
@@ -372,6 +379,7 @@ TABLES = {
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops", LOOPS | {"L": "loops"}),
     "sudoku-adaptive": lambda: pivot("sudoku-adaptive", LOOPS | LIMIT),
     "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), SIZE | MINUTES | TESTS),
+    "countdown-4": lambda: compare(runs("countdown-3x2") + runs("countdown-4"), SIZE | MINUTES | NELBO | FINAL, "task", operands),
     "countdown-cd3": lambda: pivot("countdown-cpu countdown-long", {"run": lambda row: MODELS[row["name"]]}),
     "countdown-depth": lambda: compare(runs("countdown-depth"), COUNTDOWN),
     "countdown-steps": lambda: compare(runs("countdown-depth"), SIZE | STEPS),
@@ -383,9 +391,9 @@ TABLES = {
     "countdown-adaptive": lambda: pivot("countdown-adaptive", {"model": model} | LIMIT),
     "countdown-choices": lambda: choices("countdown-choices", COUNTDOWN),
     "sudoku-summary": lambda: restarts(SUDOKU, (1, 20), (1, 64)),
-    "countdown-summary": lambda: restarts(COUNTDOWN_LONG, (1, 8, 34), (64,)),
+    "countdown-summary": lambda: restarts(COUNTDOWN_LONG, (1, 8), (1, 64)),
     "sudoku-restarts": lambda: restarts(SUDOKU, (), TRIES),
-    "countdown-restarts": lambda: restarts(COUNTDOWN_LONG, (34,), TRIES),
+    "countdown-restarts": lambda: restarts(COUNTDOWN_ALL, (), TRIES),
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
     "countdown-restart-kinds": lambda: kinds("countdown"),
     "restarts-unjudged": unjudged,
