@@ -923,8 +923,11 @@ def test_the_countdown_commands_end_to_end(cli):
     code, out, _ = cli(sample, *use[1].split(), *"--data p.jsonl --steps 1,34 --json".split())
     rows = [json.loads(line) for line in out.splitlines()]
     assert [(r["n"], r["nfe"], r["solved"], r["first"]) for r in rows] == [(2, 2, 0, 0), (2, 44, 0, 0)]
-    code, out, _ = cli(sample, "countdown", "35,27,20,42", "--steps", 8)  # with the weights of the repository
-    assert code == 0 and "right, checked by the rules" in out
+    for problem in ("35,27,20,42", "90,30,20,10,50"):  # with the weights of the repository, picked by the problem
+        code, out, _ = cli(sample, "countdown", problem, "--steps", 8)
+        assert code == 0 and "right, checked by the rules" in out
+    code, _, err = cli(sample, "countdown", "1,2,3,4,5,50")
+    assert code == 2 and "no weights for 5 operands" in err
 
 
 @pytest.mark.parametrize("module, presets, size", [
