@@ -141,6 +141,7 @@ KAGGLE = exact("kaggle3m", 5, 20, 81)
 CHOICES = SIZE | NELBO | {"held-out, T=81": printed(r"^  L={loops} .* (\S+)$")} | KAGGLE
 TESTS = {f"{key}, T=34": printed(rf"^held-out {key}.* solved (\S+)%") for key in ("operands", "targets")}
 FINAL = {f"held-out {key}": last(f"held-out {key}", 100) for key in ("operands", "targets")}
+FINAL = SIZE | MINUTES | NELBO | FINAL
 STEPS = {f"T={T}": printed(r"^  L={loops}" + i * r" +\S+" + r" +(\S+)") for i, T in enumerate((1, 4, 8, 34))}
 FAULTS = "begins well", "number not available", "false equation 1", "false equation 2"
 FAULTS = {key: printed(rf"^held-out operands.* {key} (\S+)%") for key in FAULTS}
@@ -379,7 +380,7 @@ TABLES = {
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops", LOOPS | {"L": "loops"}),
     "sudoku-adaptive": lambda: pivot("sudoku-adaptive", LOOPS | LIMIT),
     "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), SIZE | MINUTES | TESTS),
-    "countdown-4": lambda: compare(runs("countdown-3x2") + runs("countdown-4"), SIZE | MINUTES | NELBO | FINAL, "task", operands),
+    "countdown-4": lambda: compare(runs("countdown-3x2") + runs("countdown-4"), FINAL, "task", operands),
     "countdown-cd3": lambda: pivot("countdown-cpu countdown-long", {"run": lambda row: MODELS[row["name"]]}),
     "countdown-depth": lambda: compare(runs("countdown-depth"), COUNTDOWN),
     "countdown-steps": lambda: compare(runs("countdown-depth"), SIZE | STEPS),
