@@ -423,8 +423,8 @@ def sample(
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     temperature = float(order == "ancestral") if temperature is None else temperature
-    if steps < 1 or (loops is not None and loops < 1) or not 0 <= temperature < math.inf:
-        raise BadInput("steps and loops are at least 1, temperature is at least 0 and finite")
+    if steps < 1 or (loops is not None and loops < 1) or not (0 <= temperature < math.inf and noise >= 0):
+        raise BadInput("steps and loops are at least 1, noise and temperature at least 0, temperature finite")
     if threshold is not None and order == "ancestral":
         raise BadInput("a threshold needs an order other than ancestral")
     editable = x == MASK if editable is None else editable
@@ -462,23 +462,24 @@ def sample(
     return Filled(x, passes, nfe, history)
 
 
-def sample_all(model, x, editable=None, judge=None, tries=1, noise=0.3, batch=128, trace=False, **how):
+def sample_all(model, x, editable=None, judge=None, tries=1, again=None, batch=128, trace=False, **how):
     """`sample` in batches that fit a cache, with restarts, eq. (8): what `judge` refuses is tried again.
 
     judge    judge(i, x) -> (n,) scores the answers x (n, N) to the problems i (n,): 1 is right, less is less so
-    tries    at most so many. The first is without noise, so that it is what it would be alone
-    noise    of h^0 in the others: 0.3 solved most within 16 tries, though it costs a single try much
+    tries    at most so many; `how` is for `sample`
+    again    what differs in all tries but the first, for they must differ. Default: dict(noise=0.3), which solved most
+             Sudokus within 16 tries, though it costs a single try much
 
     The x and trace returned are those of each problem's best try, the trace a list of its own steps."""
-    if tries < 1 or not noise >= 0:
-        raise BadInput("tries is at least 1, noise at least 0")
-    editable = x == MASK if editable is None else editable
+    if tries < 1:
+        raise BadInput("tries is at least 1")
+    editable, again = x == MASK if editable is None else editable, dict(noise=0.3) if again is None else again
     todo, best = torch.arange(len(x), device=x.device), x.new_full(x.shape[:1], -1, dtype=torch.float64)
     passes, count, nfe = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), x.new_zeros(len(x), tries)
     answer, traces = x.clone(), [[] for _ in x]
     for k in range(tries):
         for i in todo.split(batch):
-            out = sample(model, x[i], editable[i], noise=noise if k else 0.0, trace=trace, **how)
+            out = sample(model, x[i], editable[i], trace=trace, **how | (again if k else {}))
             score = torch.as_tensor(judge(i, out.x)).to(best) if judge else torch.ones_like(best[i])
             better = score > best[i]
             best[i[better]], answer[i[better]] = score[better], out.x[better]

@@ -29,7 +29,7 @@ import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput
 
-# What a task brings: CHARS, LINE, SCORE, parse, read_file, start, score, check, evaluate, name and draw.
+# What a task brings: CHARS, LINE, SCORE, AGAIN, parse, read_file, start, score, check, evaluate, name and draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = {81: "sudoku-long.pt", 4: "countdown-3.pt", 5: "countdown-4.pt"}  # by the length of a problem
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
@@ -198,7 +198,7 @@ def main():
     add("--threshold", type=float, help="reveal all that is at least so sure; default: 0.99, with --data none")
     add("--temperature", type=float, help="of the tokens drawn; default: 1 if ancestral, else 0")
     add("--tries", type=int, help="try again, with noise, what the rules refuse; default: 32, with --data 1")
-    add("--noise", type=float, default=0.3, help="of h^0 in all tries but the first (default: %(default)s)")
+    add("--noise", type=float, help="of h^0 in all tries but the first; default: what AGAIN of the task says")
     add("--seed", type=int, default=0, help="of noise, orders and temperatures")
     add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
@@ -214,8 +214,9 @@ def main():
     if not args.data:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
         args.tries = 32 if args.tries is None else args.tries
         args.threshold = 0.99 if args.threshold is None and args.order != "ancestral" else args.threshold
-    names = ("loops", "eps", "order", "threshold", "temperature", "noise")
-    how = dict(tries=1 if args.tries is None else args.tries) | {name: getattr(args, name) for name in names}
+    how = {name: getattr(args, name) for name in ("loops", "eps", "order", "threshold", "temperature")}
+    how |= dict(tries=1 if args.tries is None else args.tries)
+    how["again"] = task.AGAIN if args.noise is None else dict(noise=args.noise)
     seeded = dict(generator=torch.Generator(args.device).manual_seed(args.seed))
     if not args.data:
         if args.by is not None or args.json or len(steps) > 1:

@@ -436,13 +436,18 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch
     x[:, 2:] = MASK
     real, outs, judged = rmdm.sample, [], []
     alone = real(model, x, steps=3)
-    monkeypatch.setattr(rmdm, "sample", lambda *a, **how: outs.append((how["noise"], real(*a, **how))) or outs[-1][1])
+
+    def watched(*args, noise=0.0, **how):
+        outs.append((noise, real(*args, noise=noise, **how)))
+        return outs[-1][1]
+
+    monkeypatch.setattr(rmdm, "sample", watched)
 
     def judge(i, x):
         judged.append((i.tolist(), (x.sum(1) % 4) / 3))
         return judged[-1][1]
 
-    how = dict(judge=judge, steps=3, tries=4, noise=2.0, batch=40, generator=generator(1), trace=True)
+    how = dict(judge=judge, steps=3, tries=4, again=dict(noise=2.0), batch=40, generator=generator(1), trace=True)
     out, history = rmdm.sample_all(model, x, **how), [[] for _ in x]
     for (noise, one), (problems, scores) in zip(outs, judged, strict=True):
         for row, n in enumerate(problems):
@@ -462,7 +467,7 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch
     assert scores["within_4"] == pytest.approx(right.double().mean()) and scores["nfe"] == scores["nfe_4"]
     again, other = (rmdm.sample_all(model, x, **how | dict(generator=generator(seed))) for seed in (1, 2))
     assert torch.equal(out.x, again.x) and torch.equal(out.nfe, again.nfe) and not torch.equal(out.x, other.x)
-    still = rmdm.sample_all(model, x, **how | dict(noise=0.0))
+    still = rmdm.sample_all(model, x, **how | dict(again={}))
     assert torch.equal(still.x, alone.x) and set(still.tries.tolist()) == {1, 4}
     once = rmdm.sample_all(model, x, steps=3, batch=7)  # without a judge there is one try
     assert torch.equal(once.x, alone.x) and torch.equal(once.nfe[:, 0], alone.nfe) and (once.tries == 1).all()

@@ -190,6 +190,7 @@ def split(problems, equations, seed):
 
 CHARS = "_0123456789+-*/=, "  # a character's place is its token: MASK is "_", a blank of a field " "
 SCORE = "solved"  # the main one of those that `evaluate` returns
+AGAIN = dict(order="random", temperature=1.0)  # in further tries: with four operands solves more than noise
 LINE = 1  # every line of a file is a problem
 TEST = 512  # problems in each of the two tests: a standard error of two points
 

@@ -38,6 +38,7 @@ BOX = ROW // 3 * 3 + COL // 3
 UNITS = np.array([np.flatnonzero(kind == i) for kind in (ROW, COL, BOX) for i in range(9)])  # (27, 9)
 COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # three axes: our choice, see rmdm.Config
 CHARS = ".123456789"  # a token's character
+AGAIN = dict(noise=0.3)  # in further tries, eq. (8)
 SCORE = "exact"  # the main one of those that `evaluate` returns
 LINE = 81  # characters of a puzzle on one line; shorter lines are those of a drawn grid
 

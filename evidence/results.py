@@ -359,8 +359,13 @@ def hard(row):
 TRIES = (1, 4, 16, 64)
 SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
 COUNTDOWN_LONG = {"CD3, 1 x 4": "countdown-long", "CD4, 3 x 2": "countdown-4"}
-COUNTDOWN_ALL = COUNTDOWN_LONG | {"CD3, 3 x 2": "countdown-3x2"}
-COUNTDOWN_ALL |= {"CD3, 3 x 2, random": "countdown-3x2-random", "CD4, 3 x 2, random": "countdown-4-random"}
+COUNTDOWN_ALL = COUNTDOWN_LONG | {
+    "CD3, 1 x 4, noise": "countdown-long-noise",
+    "CD4, 3 x 2, noise": "countdown-4-noise",
+    "CD4, 3 x 2, always random": "countdown-4-random",
+    "CD3, 3 x 2, noise": "countdown-3x2-noise",
+    "CD3, 3 x 2, always random": "countdown-3x2-random",
+}
 LOOPS, LIMIT = {"loops in training": model}, {"at most": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
