@@ -175,9 +175,9 @@ def measure(task, model, path, by, **how):
 def load(args, problem):
     """The checkpoint as named, or the one that comes along for such a problem, and its model."""
     checkpoint = args.checkpoint
-    if checkpoint is None and len(problem) not in WEIGHTS:
-        raise BadInput(f"no weights for {len(problem) - 1} operands come along: name your own by --checkpoint")
     if checkpoint is None:
+        if len(problem) not in WEIGHTS:
+            raise BadInput(f"no weights for {len(problem) - 1} operands come along: name your own by --checkpoint")
         checkpoint = Path(__file__).parent / "weights" / WEIGHTS[len(problem)]
     return checkpoint, rmdm.load(checkpoint, args.device, args.task)
 
@@ -197,8 +197,8 @@ def main():
     add("--order", choices=rmdm.ORDERS, default="confidence")
     add("--threshold", type=float, help="reveal all that is at least so sure; default: 0.99, with --data none")
     add("--temperature", type=float, help="of the tokens drawn; default: 1 if ancestral, else 0")
-    add("--tries", type=int, help="try again, with noise, what the rules refuse; default: 32, with --data 1")
-    add("--noise", type=float, help="of h^0 in all tries but the first; default: what AGAIN of the task says")
+    add("--tries", type=int, help="try again what the rules refuse; default: 32, with --data 1")
+    add("--noise", type=float, help="of h^0 in all tries but the first; default: 0.3; Countdown: random order")
     add("--seed", type=int, default=0, help="of noise, orders and temperatures")
     add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
