@@ -8,9 +8,10 @@
     logs/NAME-seed*.jsonl         log.jsonl of a training run, or of several, one after the other
     logs/NAME-seed*-eval.jsonl    what `python sample.py TASK --data FILE --json` printed for it, or for them
     logs/NAME-seed*.txt           what training printed at its end, until commit 16cafdf: scores, mistakes, noise
-    logs/sudoku-classical.jsonl   what evidence/classical.py printed
-    logs/speed.jsonl              what evidence/speed.py printed
     logs/attention-*-seed*.jsonl  what evidence/attention.py printed
+    logs/restarts-*-seed*.jsonl   what evidence/restarts.py printed
+
+The other logs, of evidence/speed.py, of evidence/classical.py and of runs that README.md sums up, have no table.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def lines(path):
 def scores(path):
     """The rows of a NAME-seed*-eval.jsonl, with `file` as we name it, `name`, that of the log, and `whole`: not of a
     part of the file. The group of all was "all" and is null."""
-    how = dict(name=path.name.split("-seed")[0], checkpoint="")
+    how = dict(name=path.name.split("-seed")[0], checkpoint="", eps=0.0)
     return [how | row | dict(whole=row["group"] in (None, "all"), file=set_name(row)) for row in lines(path)]
 
 
@@ -125,9 +126,9 @@ def last(key, factor=1):
     return lambda model: factor * model[key]
 
 
-def exact(file, *steps):
+def on(file, *steps):
     """Columns: what is solved of a file at each T."""
-    return {f"{file}, T={T}": lambda model, T=T: 100 * model["at"][file, T]["exact"] for T in steps}
+    return {f"{file}, T={T}": lambda model, T=T: solved(model["at"][file, T]) for T in steps}
 
 
 def printed(pattern):
@@ -135,20 +136,18 @@ def printed(pattern):
     return lambda model: float(re.search(pattern.format_map(model), model["text"], re.M)[1])
 
 
-SIZE = {"parameters": last("parameters"), "steps": last("steps"), "training, TFLOP": last("flops", 1e-12)}
+PARAMETERS, STEPS = {"parameters": last("parameters")}, {"steps": last("steps")}
+FLOPS = {"training, TFLOP": last("flops", 1e-12)}
+SIZE = PARAMETERS | STEPS | FLOPS
 MINUTES, NELBO = {"minutes": last("seconds", 1 / 60)}, {"NELBO, nats": last("nelbo")}
-KAGGLE = exact("kaggle3m", 5, 20, 81)
-CHOICES = SIZE | NELBO | {"held-out, T=81": printed(r"^  L={loops} .* (\S+)$")} | KAGGLE
+CHOICES = STEPS | NELBO | on("kaggle3m", 5, 20, 81)
 TESTS = {f"{key}, T=34": printed(rf"^held-out {key}.* solved (\S+)%") for key in ("operands", "targets")}
+CD3 = STEPS | FLOPS | MINUTES | TESTS | on("cd3", 1, 8, 34)
 FINAL = SIZE | MINUTES | NELBO
 FINAL |= {f"held-out {key}": last(f"held-out {key}", 100) for key in ("operands", "targets")}
-STEPS = {f"T={T}": printed(r"^  L={loops}" + i * r" +\S+" + r" +(\S+)") for i, T in enumerate((1, 4, 8, 34))}
-FAULTS = "begins well", "number not available", "false equation 1", "false equation 2"
-FAULTS = {key: printed(rf"^held-out operands.* {key} (\S+)%") for key in FAULTS}
-COUNTDOWN = SIZE | NELBO | {"operands, T=1": STEPS["T=1"]} | TESTS | FAULTS
-COUNTDOWN["of those that begin well, solved"] = (
-    lambda model: 100 * TESTS["operands, T=34"](model) / FAULTS["begins well"](model)
-)
+FIRST = {"operands, T=1": printed(r"^  L={loops} +(\S+)")}
+WELL = {"begins well": printed(r"^held-out operands.* begins well (\S+)%")}
+WELL["of those, solved"] = lambda model: 100 * TESTS["operands, T=34"](model) / WELL["begins well"](model)
 
 
 def shape(model):
@@ -159,8 +158,8 @@ def shape(model):
     return text.format_map(model) + ", with additions" * model["coord_bias"]
 
 
-def choices(name, columns, removed=False):
-    """Models named by what differs from the first: those that today's code can train, or those that it cannot."""
+def choices(name, columns, skip=None):
+    """Models named by what differs from the first, but for those of a name like `skip`."""
     found, same = runs(name), ("parameters", "steps", "seed", "eval_every", "save_every")
     base = found[0][0]["head"]
 
@@ -168,16 +167,18 @@ def choices(name, columns, removed=False):
         change = [f"{key}={x}".lower() for key, x in model["head"].items() if x != base.get(key, x) and key not in same]
         return f"`{' '.join(change)}`" if change else "plain cell index" if "plain" in model["run"] else "none"
 
-    def gone(model):
-        return model["supervise"].isdigit() or re.search("growing|mass|curriculum", label(model)) is not None
-
-    return compare([seeds for seeds in found if gone(seeds[0]) == removed], columns, "change", label)
+    found = [seeds for seeds in found if not (skip and re.search(skip, label(seeds[0])))]
+    return compare(found, columns, "change", label)
 
 
 def depth():
-    """K layers x L loops on Sudoku, by compute."""
-    by = "coord_bias", "steps", "flops"
-    return sorted(runs("sudoku-depth"), key=lambda seeds: [seeds[0][key] for key in by])
+    """K layers or L loops on Sudoku, 3,000 steps each, by compute."""
+
+    def shown(model):
+        return model["steps"] == 3000 and 1 in (model["layers"], model["loops"])
+
+    found = filter(lambda seeds: shown(seeds[0]), runs("sudoku-depth"))
+    return sorted(found, key=lambda seeds: [seeds[0][key] for key in ("coord_bias", "flops")])
 
 
 def carry():
@@ -192,17 +193,6 @@ def carry():
 
 def operands(model):
     return f"CD{model['numbers']}, {shape(model)}"
-
-
-def noise(found, loops):
-    """Nats a masked token after so many loops, by the share masked: the end of what training printed."""
-    rows = []
-    for seeds in found:
-        grids = [dict(re.findall(r"^  L=(\d+) +((?: *\d\.\d{3}){6})$", model["text"], re.M)) for model in seeds]
-        for l in loops[: seeds[0]["loops"]]:
-            cells = zip(*(map(float, grid[str(l)].split()) for grid in grids))
-            rows.append((shape(seeds[0]), l, *(spread(x, 3) for x in cells)))
-    return table(("model", "after loop", *(f"t={t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))), rows)
 
 
 def attention():
@@ -251,18 +241,6 @@ def likelihood():
     }
     rows = [(name, len(found), f"{spearman(found):.2f}") for name, found in groups.items()]
     return table(("models", "n", "rank correlation"), rows)
-
-
-def classical():
-    rows, shares = lines(LOGS / "sudoku-classical.jsonl"), ("naked singles", "naked and hidden singles", "search")
-    rows = [row | {key: f"{100 * row[key]:.1f}" for key in shares} for row in rows]
-    rows = [row | dict(file=set_name(row), mean=f"{row['mean']:.1f}") for row in rows]
-    return table(rows[0], (row.values() for row in rows))
-
-
-def speed(kind):
-    rows = [row for row in lines(LOGS / "speed.jsonl") if row.pop("kind") == kind]
-    return table(rows[0], ([f"{x:.3g}" if isinstance(x, float) else x for x in row.values()] for row in rows))
 
 
 def first_tries(name):
@@ -328,18 +306,8 @@ def unjudged():
 MODELS = {  # what the logs call a model, and what it is
     "fresh.pt": "fresh",
     "short": "carried",
-    "sudoku": "with additions",
-    "k1l8": "plain form",
     "fixed": "8",
-    "noinject": "8, inject=false",
-    "s4": "4 to 8",
-    "s4noinject": "4 to 8, inject=false",
     "trunc": "8 to 16, grad_loops=8",
-    "late": "3 + 1 x 5 + 0",
-    "mid": "2 + 1 x 5 + 1",
-    "long": "1 x 4, 20,000 steps",
-    "countdown-cpu": "7,300 steps",
-    "countdown-long": "20,000 steps",
 }
 
 
@@ -351,12 +319,27 @@ def kaggle_20(row):
     return row["whole"] and row["file"] == "kaggle3m" and row["steps"] == 20
 
 
-def hard(row):
-    """Of the sets of Sudokus all but the one that every order solves."""
-    return row["file"] != "ye2024_test"
+def where(**wanted):
+    """For pivot: the rows of whole files whose fields have one of the values wanted."""
+    return lambda row: row["whole"] and all(row[key] in values for key, values in wanted.items())
+
+
+def change(row):
+    """In what a row differs from how the long runs on Countdown are sampled as a rule."""
+    usual = dict(loops=4, order="confidence", threshold=None, eps=0.0)
+    return ", ".join(f"{key}={row[key]}" for key, x in usual.items() if row[key] != x) or "none"
 
 
 TRIES = (1, 4, 16, 64)
+SAMPLING = "countdown-loops countdown-orders countdown-threshold countdown-adaptive"
+LONG = where(
+    checkpoint=("runs/long-0", "runs/long-1"),
+    loops=(2, 3, 4, 5, 6, 8),
+    order=("confidence", "random", "ancestral"),
+    threshold=(None, 0.9),
+    eps=(0, 0.3, 0.4, 0.8),
+)
+MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/trunc-1"), eps=(0, 0.1))
 SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
 COUNTDOWN_LONG = {"CD3, 1 x 4": "countdown-long", "CD4, 3 x 2": "countdown-4"}
 COUNTDOWN_ALL = COUNTDOWN_LONG | {
@@ -366,7 +349,7 @@ COUNTDOWN_ALL = COUNTDOWN_LONG | {
     "CD3, 3 x 2, noise": "countdown-3x2-noise",
     "CD3, 3 x 2, always random": "countdown-3x2-random",
 }
-LOOPS, LIMIT = {"loops in training": model}, {"at most": "loops", "eps": "eps"}
+LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
@@ -374,28 +357,17 @@ TABLES = {
     "sudoku-carry-loops": lambda: pivot("sudoku-carry sudoku-short", {"examples": model, "L": "loops"}, kaggle_20),
     "attention": attention,
     "likelihood": likelihood,
-    "sudoku-classical": classical,
-    "sudoku-depth": lambda: compare(depth(), SIZE | NELBO | exact("ye2024_test", 1, 5) | KAGGLE),
-    "sudoku-loops": lambda: pivot("sudoku-loops sudoku-plain-loops", {"model": model, "L": "loops"}),
-    "sudoku-easy": lambda: pivot("sudoku-easy", {"L": "loops"}),
-    "sudoku-threshold": lambda: pivot("sudoku-threshold", {"threshold": "threshold"}),
-    "sudoku-orders": lambda: pivot("sudoku-orders", {"file": "file", "order": "order"}, hard),
-    "sudoku-choices": lambda: choices("sudoku-choices", CHOICES),
-    "sudoku-noise": lambda: noise(runs("sudoku-cpu"), (1, 2, 4, 8, 12, 16)),
-    "sudoku-more-loops": lambda: pivot("sudoku-more-loops", LOOPS | {"L": "loops"}),
-    "sudoku-adaptive": lambda: pivot("sudoku-adaptive", LOOPS | LIMIT),
-    "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), SIZE | MINUTES | TESTS),
+    "sudoku-depth": lambda: compare(depth(), PARAMETERS | FLOPS | on("kaggle3m", 20, 81)),
+    "sudoku-loops": lambda: pivot("sudoku-loops", {"L": "loops"}, where(loops=(2, 4, 8, 16))),
+    "sudoku-orders": lambda: pivot("sudoku-orders", {"order": "order"}, where(file=["kaggle3m"])),
+    "sudoku-choices": lambda: choices("sudoku-choices", CHOICES, r"supervise=(\d|grow)|mass|embedding|time|min=[14]"),
+    "sudoku-more-loops": lambda: pivot("sudoku-more-loops sudoku-adaptive", LOOPS, MORE),
+    "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), CD3),
     "countdown-4": lambda: compare(runs("countdown-3x2") + runs("countdown-4"), FINAL, "task", operands),
-    "countdown-cd3": lambda: pivot("countdown-cpu countdown-long", {"run": lambda row: MODELS[row["name"]]}),
-    "countdown-depth": lambda: compare(runs("countdown-depth"), COUNTDOWN),
-    "countdown-steps": lambda: compare(runs("countdown-depth"), SIZE | STEPS),
-    "countdown-loops": lambda: pivot("countdown-loops", {"L": "loops"}),
-    "countdown-orders": lambda: pivot("countdown-orders", {"order": "order"}),
-    "countdown-threshold": lambda: pivot("countdown-threshold", {"threshold": "threshold"}),
-    "countdown-looping": lambda: compare(runs("countdown-looping"), COUNTDOWN, "head + K x L + tail"),
-    "countdown-noise": lambda: noise([runs("countdown-looping")[3], runs("countdown-choices")[0]], (1, 2, 3, 4, 5)),
-    "countdown-adaptive": lambda: pivot("countdown-adaptive", {"model": model} | LIMIT),
-    "countdown-choices": lambda: choices("countdown-choices", COUNTDOWN),
+    "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS | WELL),
+    "countdown-sampling": lambda: pivot(SAMPLING, {"change": change}, LONG),
+    "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
+    "countdown-choices": lambda: choices("countdown-choices", STEPS | NELBO | FIRST | TESTS),
     "sudoku-summary": lambda: restarts(SUDOKU, (1, 20), (1, 64)),
     "countdown-summary": lambda: restarts(COUNTDOWN_LONG, (1, 8), (1, 64)),
     "sudoku-restarts": lambda: restarts(SUDOKU, (), TRIES),
@@ -403,10 +375,6 @@ TABLES = {
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
     "countdown-restart-kinds": lambda: kinds("countdown"),
     "restarts-unjudged": unjudged,
-    "speed-training": lambda: speed("training step"),
-    "speed-sampling": lambda: speed("sampling"),
-    "history-choices": lambda: choices("sudoku-choices", CHOICES, removed=True),
-    "history-operands": lambda: compare(runs("countdown-top30"), SIZE | MINUTES | TESTS),
 }
 
 
@@ -420,7 +388,7 @@ def filled(text):
 
 def draw_depth(plt):
     """Accuracy on kaggle3m by layers x loops, and by loops a puzzle."""
-    keys = "layers", "loops", "steps", "coord_bias"
+    keys = "layers", "loops", "coord_bias"
     found = {tuple(seeds[0][key] for key in keys): seeds for seeds in depth()}
 
     def points(*key):
@@ -433,8 +401,8 @@ def draw_depth(plt):
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     style, sizes = dict(marker="o", ms=4, lw=1.2, capsize=2), (1, 2, 4, 8)
     for color, label, key in (
-        ("tab:blue", "1 layer, L loops", lambda n: (1, n, 3000)),
-        ("tab:orange", "K layers, no loops", lambda n: (n, 1, 3000)),
+        ("tab:blue", "1 layer, L loops", lambda n: (1, n)),
+        ("tab:orange", "K layers, no loops", lambda n: (n, 1)),
     ):
         _, *ends = zip(*([*points(*key(n), False)][-1] for n in sizes))
         left.errorbar(sizes, *ends, color=color, label=label, **style)
@@ -442,8 +410,8 @@ def draw_depth(plt):
         star = style | dict(marker="*", ms=10, lw=0)
         left.errorbar(8, *end[1:], color=color, label=f"{label}, with additions", **star)
     for color, L in zip(plt.cm.viridis((0, 0.3, 0.6, 0.85)), sizes):
-        right.errorbar(*zip(*points(1, L, 3000, False)), color=color, label=f"{L} loop{'s' * (L > 1)} a step", **style)
-    right.errorbar(*zip(*points(1, 8, 3000, True)), color="tab:blue", ls="--", label="8, with additions", **style)
+        right.errorbar(*zip(*points(1, L, False)), color=color, label=f"{L} loop{'s' * (L > 1)} a step", **style)
+    right.errorbar(*zip(*points(1, 8, True)), color="tab:blue", ls="--", label="8, with additions", **style)
     left.set(xscale="log", xlabel="layers x loops", ylabel="kaggle3m, exact, %", ylim=(-2, 80))
     left.set_title("one token a step")
     left.set_xticks(sizes, sizes)
