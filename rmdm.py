@@ -12,6 +12,7 @@ References, by arXiv number
     2406.07524  Simple and Effective Masked Diffusion Language Models: eqs. (1), (3) and ancestral (6)
     2502.06768  Train for the Worst, Plan for the Best: ordered (6), margin
     2502.05171, 2510.04871 (TRM)  truncated backpropagation through loops, with input injection
+    2605.19943 (PTRM), 2605.21488 (EqR), 2601.19085  restarts by noise, by random states, by symmetries: eq. (8)
     Muon, https://kellerjordan.github.io/posts/muon
 
 Map: the numbers (1) to (8) are this project's own; the README lists the equations.
@@ -74,11 +75,11 @@ def sample_t(n, generator=None, device=None):
     """n times in (0, 1], one in each of n equal strata: uniform, with less variance than n free draws."""
     u = torch.rand(n, generator=generator, device=device)
     stratum = torch.randperm(n, generator=generator, device=device)  # else row i would always get the i-th
-    return (1 - (stratum + u) / n).clamp(min=2**-24)  # rounding could give 0, where (3) has no weight
+    return (1 - (stratum + u) / n).clamp(min=2**-24)  # rounding could give 0
 
 
 def corrupt(x0, t, editable, generator=None):
-    """Forward process, eq. (1): x_t (B, N), and `masked` (B, N) bool, True = is MASK now and was not given."""
+    """Forward process, eq. (1): x_t (B, N), and `masked` (B, N) bool, True = was replaced by MASK."""
     if x0.ndim != 2 or x0.shape != editable.shape:
         raise BadInput(f"x0 {tuple(x0.shape)} and editable {tuple(editable.shape)}: both are (B, N)")
     if (editable & (x0 == MASK)).any():
@@ -102,12 +103,12 @@ class Config:
     width: int = 64  # d: what a CPU trains in minutes
     heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider is faster on a CPU
     layers: int = 1  # K: layers of the shared block
-    loops: int = 8  # L: loops in training (the largest, if drawn; not with carry) and, by default, in sampling
+    loops: int = 8  # L: loops in training (the largest, if drawn; with carry only the number of v^l) and in sampling
     head_layers: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
     tail_layers: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
     time: bool = False  # t enters f, eq. (2); off, since the number of MASKs tells t
     loop_embedding: bool = True  # v^l, eq. (2)
-    inject: bool = False  # ours: h^0 is added again at every loop (prior art: 2502.05171); carries more loops
+    inject: bool = False  # ours: h^0 is added again at every loop (prior art: 2502.05171); helps beyond L loops
     coord_bias: bool = False  # ours: a relative position bias, see Layer; learns grids faster
 
     def __post_init__(self):
@@ -170,8 +171,8 @@ class RMDM(nn.Module):
     and of eq. (7): head layers end E, tail layers begin D. Only h carries information from loop to loop.
 
     Our choices: t enters as sinusoids through a linear map, added to h^0 and, inside Norm, again at every loop, as is
-    h^0 with injection; LayerNorm; v^l begins at 0, and beyond the trained loops the last one repeats; the
-    initialization below."""
+    h^0 with injection; LayerNorm; v^l begins at 0, and beyond L loops the last one repeats; the initialization
+    below."""
 
     def __init__(self, config):
         super().__init__()
@@ -362,7 +363,7 @@ ORDERS = ("ancestral", "random", "confidence", "margin", "entropy")
 
 
 def reveal_ancestral(masked, t, s, generator):
-    """What the exact reverse process from t to s reveals, eq. (6): (B, N) bool."""
+    """What the exact reverse process from t to s, tensors without axes, reveals, eq. (6): (B, N) bool."""
     share = (alpha(s) - alpha(t)) / (1 - alpha(t))  # (6)
     return masked & (torch.rand(masked.shape, generator=generator, dtype=t.dtype, device=t.device) < share)
 
@@ -462,13 +463,19 @@ def sample(
     return Filled(x, passes, nfe, history)
 
 
-def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.3}, batch=128, trace=False, **how):
+def picture(x, source, names):
+    """x (n, N) seen through a symmetry of the task: the token names[x[source[i]]] at position i."""
+    return names.gather(1, x.gather(1, source))
+
+
+def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2}, batch=128, trace=False, **how):
     """`sample` in batches that fit a cache, with restarts, eq. (8): what `judge` refuses is tried again.
 
-    judge    judge(i, x) -> (n,) scores the answers x (n, N) to the problems i (n,): 1 is right, less is less so
-    tries    at most so many; `how` is for `sample`
-    again    what differs in all tries but the first, for they must differ. Noise of 0.2 or 0.3 solved more Sudokus
-             within 16 tries than more or less did, though it costs a single try much
+    judge   judge(i, x) -> (n,) scores the answers x (n, N) to the problems i (n,): 1 is right, less is less so
+    tries   at most so many; `how` is for `sample`
+    again   what differs in all tries but the first. Default: noise, of a size that solved many Sudokus within 16
+            tries, though it costs a single try much. "symmetry" is a function (n, generator, device) -> source (n, N),
+            names (n, V), permutations in each row, names[0] = 0: a try solves such a `picture` of its problem
 
     The x and trace returned are those of each problem's best try, the trace a list of its own steps."""
     if tries < 1:
@@ -478,8 +485,20 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.3
     passes, count, nfe = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), x.new_zeros(len(x), tries)
     answer, traces = x.clone(), [[] for _ in x]
     for k in range(tries):
+        now = how | (again if k else {})
+        symmetry = now.pop("symmetry", None)
         for i in todo.split(batch):
-            out = sample(model, x[i], editable[i], trace=trace, **how | (again if k else {}))
+            problem, free = x[i], editable[i]
+            if symmetry:
+                source, names = symmetry(len(i), now.get("generator"), x.device)
+                problem, free = picture(problem, source, names), free.gather(1, source)
+            out = sample(model, problem, free, trace=trace, **now)
+            if symmetry:
+                source, names = source.argsort(1), names.argsort(1)  # the way back
+                out.x = picture(out.x, source, names)
+                for step in out.trace:
+                    step |= {key: step[key].gather(1, source) for key in ("revealed", "sure")}
+                    step["x"] = picture(step["x"], source, names)
             score = torch.as_tensor(judge(i, out.x)).to(best) if judge else torch.ones_like(best[i])
             better = score > best[i]
             best[i[better]], answer[i[better]] = score[better], out.x[better]
@@ -497,14 +516,14 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.3
 
 @dataclass
 class TrainConfig:
-    steps: int = 4000
-    batch: int = 32
+    steps: int = 4000  # about ten minutes of one core for a small model
+    batch: int = 32  # twice or half as many gained nothing in pilots
     muon: bool = True  # for the matrices inside the layers: in pilots puzzles were learned faster than with AdamW alone
-    lr: float = 0.02  # of Muon
+    lr: float = 0.02  # of Muon; twice or half as much gained nothing in pilots
     lr_rest: float = 4e-3  # of AdamW: embeddings, norms, biases, D; without Muon all
     warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
-    weight_decay: float = 0.01
-    clip: float = 1.0  # largest gradient norm
+    weight_decay: float = 0.01  # torch's for AdamW
+    clip: float = 1.0  # largest gradient norm, the usual one
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or elbo, eq. (3)
     supervise: str = "all"  # eq. (5), as 2606.18022 is said to do, or final
@@ -512,7 +531,7 @@ class TrainConfig:
     carry: int = 0  # ours, see `loss`: an example stays, grad_loops loops a step, until right or so many loops old
     loops_min: int = 0  # from 1: the loop count is drawn from loops_min..loops at each step, eq. (7); 0 = always loops
     seed: int = 0
-    compile: bool = True  # on CUDA, where it pays; false where Triton or a C compiler is missing
+    compile: bool = True  # on CUDA alone; false where Triton or a C compiler is missing
     eval_every: int = 1000  # steps; one evaluation takes seconds
     save_every: int = 250  # steps: the half minute or so that a stop may cost
 

@@ -29,7 +29,7 @@ import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput
 
-# What a task brings: CHARS, LINE, SCORE, AGAIN, parse, read_file, start, score, check, evaluate, name and draw.
+# What a task brings: CHARS, LINE, SCORE, AGAIN, symmetry, parse, read_file, start, score, check, evaluate, name, draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = {81: "sudoku-long.pt", 4: "countdown-3.pt", 5: "countdown-4.pt"}  # by the length of a problem
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
@@ -123,10 +123,10 @@ def show_steps(task, editable, trace):
 
 def solve(task, model, problems, show, **how):
     """Print the answers to problems (n, ...), 100 at a time; True if all are right."""
-    right, began = 0, time.perf_counter()
+    right, began, how = 0, time.perf_counter(), how | dict(trace=show)
     for some in np.array_split(problems, range(100, len(problems), 100)):
         x, editable = task.start(model, some)
-        out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(some[i.tolist()], x), trace=show, **how)
+        out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(some[i.tolist()], x), **how)
         for n, answer in enumerate(out.x.cpu().numpy()):
             if show:
                 show_loops(task, model, x[n], editable[n], how["loops"] or model.config.loops)
@@ -198,7 +198,7 @@ def main():
     add("--threshold", type=float, help="reveal all that is at least so sure; default: 0.99, with --data none")
     add("--temperature", type=float, help="of the tokens drawn; default: 1 if ancestral, else 0")
     add("--tries", type=int, help="try again what the rules refuse; default: 32, with --data 1")
-    add("--noise", type=float, help="of h^0 in all tries but the first; default: 0.3; Countdown: random order")
+    add("--noise", type=float, help="of h^0 in all tries but the first; default: 0.2; Countdown: random order")
     add("--seed", type=int, default=0, help="of noise, orders and temperatures")
     add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
@@ -236,7 +236,7 @@ def main():
                 about = dict(file=path, group=group, checkpoint=str(checkpoint), steps=T)
                 about |= how | dict(loops=how["loops"] or model.config.loops, max_tries=how["tries"]) | score
                 if args.json:
-                    print(json.dumps(about), flush=True)
+                    print(json.dumps(about, default=lambda f: f.__name__), flush=True)
                     continue
                 keys = [key for key in (task.SCORE, "valid", "first", "cell") if score.get(key) is not None]
                 shares = [f"{key} {100 * score[key]:.1f}%" for key in keys]

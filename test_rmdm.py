@@ -473,6 +473,31 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch
     assert torch.equal(once.x, alone.x) and torch.equal(once.nfe[:, 0], alone.nfe) and (once.tries == 1).all()
 
 
+def test_a_further_try_solves_a_symmetric_picture_and_the_answer_is_turned_back(puzzles, monkeypatch):
+    x, x0 = (torch.from_numpy(part[:50]).long() for part in puzzles)
+    drawn, place, one = [], torch.arange(81.0).expand(50, 81), torch.ones_like(x[:, 0])
+
+    def watched(*args):
+        drawn.append(sudoku.symmetry(*args))
+        return drawn[-1]
+
+    def solver(model, problem, editable, trace):
+        source, names = drawn[-1] if drawn else (place.long(), torch.arange(10).expand(50, 10))
+        assert torch.equal(problem, names.gather(1, x.gather(1, source))) and torch.equal(editable, problem == MASK)
+        answer = names.gather(1, x0.gather(1, source)) if drawn else problem.clamp(min=1)
+        step = dict(x=answer, revealed=editable, sure=place.gather(1, source), loops=one)
+        return rmdm.Filled(answer, one, one, [step])
+
+    monkeypatch.setattr(rmdm, "sample", solver)
+    judge = lambda i, answer: sudoku.score(x[i].numpy(), answer)  # noqa: E731
+    out = rmdm.sample_all(None, x, judge=judge, tries=3, again=dict(symmetry=watched), trace=True)
+    assert len(drawn) == 1 and torch.equal(out.x, x0) and (out.tries == 2).all()
+    for n in range(50):
+        step = out.trace[n][0]
+        assert torch.equal(step["x"], x0[n]) and torch.equal(step["revealed"], x[n] == MASK)
+        assert step["sure"].tolist() == list(range(81))
+
+
 # ---- 5. Sudoku ----
 
 EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"

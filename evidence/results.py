@@ -282,12 +282,24 @@ def variants(task):
     return found
 
 
+KINDS = {  # those that are shown; the others are within a point of noise 0.3, or below it
+    "sudoku": (
+        "random symmetry, noise 0.2", "random symmetry, no noise", "noise 0.2", "noise 0.3", "noise 0.45", "20 steps",
+        "threshold 0.97", "half the loops", "twice the loops", "remask units in conflict",
+    ),
+    "countdown": (
+        "noise 0.2", "noise 0.3", "noise 1", "temperature 1, no noise", "random order, temperature 1, no noise",
+        "threshold 0.9", "half the loops", "twice the loops",
+    ),
+}  # fmt: skip
+
+
 def kinds(task):
     body, tries = [], (1, 2, 4, 8, 16)
-    for variant, rows in variants(task).items():
-        if "nfe_16" in rows[0]:
-            shares = (spread(100 * row[f"tries_{k}"] for row in rows) for k in tries)
-            body.append((variant, *shares, spread((row["nfe_16"] for row in rows), 0)))
+    for variant in KINDS[task]:
+        rows = variants(task)[variant]
+        shares = (spread(100 * row[f"tries_{k}"] for row in rows) for k in tries)
+        body.append((variant, *shares, spread((row["nfe_16"] for row in rows), 0)))
     return table(("kind", *(f"tries {k}" for k in tries), "loops a problem"), body)
 
 
@@ -301,6 +313,40 @@ def unjudged():
         shares += [spread(100 * row[key] for row in rows) for key in ("one", "agreed", "likeliest", "any")]
         body.append((task, rows[0]["n"], *shares))
     return table(("task", "n", "one without noise", "one noisy", "most agree on", "model finds likeliest", "any"), body)
+
+
+def frontier(task):
+    """All ways of sampling from one model: (solved, loops a problem, milliseconds a problem, options), and those that
+    nothing beats at both of the first and one of the others. A run's time is shared out over its tries by loops."""
+    found = []
+    for row in scores(LOGS / f"{task}-frontier-seed0-eval.jsonl"):
+        how = [f"--steps {row['steps']}", f"--loops {row['loops']}"]
+        how += [f"--{key} {row[key]}" for key in ("threshold", "eps") if row[key]]
+        for n in (2**k for k in range(7) if 2**k <= row["max_tries"]):
+            ms = 1000 * row["seconds"] / row["n"] * row[f"nfe_{n}"] / row["nfe"]
+            found.append((100 * row[f"within_{n}"], row[f"nfe_{n}"], ms, " ".join(how + [f"--tries {n}"] * (n > 1))))
+    return found
+
+
+def best(points, cost):
+    """Those that none of the points at the same cost or less beats, by that cost (1: loops, 2: time)."""
+    kept = []
+    for point in sorted(points, key=lambda point: (point[cost], -point[0])):
+        if not kept or point[0] > kept[-1][0]:
+            kept.append(point)
+    return kept
+
+
+def cheapest():
+    """The first way on the frontier of time that solves so much."""
+    rows = []
+    for task in ("sudoku", "countdown"):
+        way = best(frontier(task), 2)
+        for share in (50, 70, 80, 90, 95, 98):
+            if enough := [point for point in way if point[0] >= share]:
+                solves, loops, ms, how = enough[0]
+                rows.append((task, share, f"{solves:.1f}", f"{loops:.0f}", f"{ms:.1f}", f"`{how}`"))
+    return table(("task", "at least", "solves", "loops", "ms", "options of sample.py"), rows)
 
 
 MODELS = {  # what the logs call a model, and what it is
@@ -341,6 +387,7 @@ LONG = where(
 )
 MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/trunc-1"), eps=(0, 0.1))
 SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
+SUDOKU_ALL = SUDOKU | {"short, noise 0.3 alone": "sudoku-short-noise"}
 COUNTDOWN_LONG = {"CD3, 1 x 4": "countdown-long", "CD4, 3 x 2": "countdown-4"}
 COUNTDOWN_ALL = COUNTDOWN_LONG | {
     "CD3, 1 x 4, noise": "countdown-long-noise",
@@ -351,7 +398,6 @@ COUNTDOWN_ALL = COUNTDOWN_LONG | {
 }
 LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
-    "sudoku-sets": lambda: pivot("sudoku-short sudoku-long", {"model": lambda row: row["name"][7:], "file": "file"}),
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
     "sudoku-carry": carry,
     "sudoku-carry-loops": lambda: pivot("sudoku-carry sudoku-short", {"examples": model, "L": "loops"}, kaggle_20),
@@ -370,7 +416,7 @@ TABLES = {
     "countdown-choices": lambda: choices("countdown-choices", STEPS | NELBO | FIRST | TESTS),
     "sudoku-summary": lambda: restarts(SUDOKU, (1, 20), (1, 64)),
     "countdown-summary": lambda: restarts(COUNTDOWN_LONG, (1, 8), (1, 64)),
-    "sudoku-restarts": lambda: restarts(SUDOKU, (), TRIES),
+    "sudoku-restarts": lambda: restarts(SUDOKU_ALL, (), TRIES),
     "countdown-restarts": lambda: restarts(COUNTDOWN_ALL, (), TRIES),
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
     "countdown-restart-kinds": lambda: kinds("countdown"),
@@ -505,6 +551,25 @@ def draw_restarts(plt):
     fig.savefig(HERE / "sudoku-restarts.png", dpi=110)
 
 
+def draw_frontier(plt):
+    """Solved by loops and by milliseconds a problem: all ways of sampling from one model for each task."""
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row")
+    for row, task in zip(axes, ("sudoku", "countdown")):
+        found = frontier(task)
+        for ax, cost, label in zip(row, (1, 2), ("loops a problem", "milliseconds a problem, one core")):
+            ax.plot([p[cost] for p in found], [p[0] for p in found], ".", color="silver", ms=4)
+            one = [p for p in found if "--tries" not in p[3]]
+            for color, name, points in (("tab:blue", "one try", one), ("tab:green", "more tries, too", found)):
+                way = best(points, cost)
+                ax.plot([p[cost] for p in way], [p[0] for p in way], "o-", color=color, label=name, ms=4, lw=1.4)
+            ax.set(xscale="log", xlabel=label, ylim=(-2, 102))
+            ax.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{task.title()}: solved, %")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    fig.tight_layout()
+    fig.savefig(HERE / "frontier.png", dpi=110)
+
+
 def draw_recursion(plt):
     """One denoising step of the ten-minute model on one puzzle, read off after every second loop."""
     rmdm, model = shipped("sudoku-short")
@@ -525,7 +590,7 @@ def draw_recursion(plt):
 
 
 def draw_solving(plt):
-    """A picture that moves: loops within steps, a try that fails, and the first that succeeds."""
+    """A picture that moves: loops within steps, a try that fails, and the first that succeeds, as sample.py does it."""
     rmdm, model = shipped("sudoku-long")
     import torch
     from PIL import Image
@@ -545,7 +610,8 @@ def draw_solving(plt):
 
     def frame(x, masked, h, title, milliseconds, wrong=False):
         with torch.no_grad():
-            sure, digit = model.decode(h).softmax(-1)[0].max(-1)
+            sure, digit = model.decode(h).softmax(-1).max(-1)
+        sure, digit = sure.gather(1, back[0])[0], rmdm.picture(digit, *back)[0]
         guess = ["white" if p > 0.75 else "0.35" for p in sure]
         colors = ["gray" if not blank[i] else guess[i] if masked[i] else "black" for i in range(81)]
         if wrong:  # in red, what stands twice in a row, column or box
@@ -558,16 +624,18 @@ def draw_solving(plt):
         frames.append((image.convert("RGB").quantize(48), milliseconds))
 
     for k in range(64):
-        model.seen, before, noise = [], x[0], 0.3 if k else 0.0
-        out = rmdm.sample(model, x, steps=81, threshold=0.99, noise=noise, generator=generator, trace=True)
-        right = train_sudoku.accept(puzzle[None], out.x.numpy())[0]
+        model.seen, before, noise = [], x[0], train_sudoku.AGAIN["noise"] if k else 0.0
+        seen = train_sudoku.symmetry(1, generator) if k else (torch.arange(81)[None], torch.arange(10)[None])
+        how, back = dict(steps=81, threshold=0.99, noise=noise), [order.argsort(1) for order in seen]
+        out = rmdm.sample(model, rmdm.picture(x, *seen), generator=generator, trace=True, **how)
+        right = train_sudoku.accept(puzzle[None], rmdm.picture(out.x, *back).numpy())[0]
         if k and not right:
             continue
         for n, (step, states) in enumerate(zip(out.trace, model.seen), 1):
             masked = before == rmdm.MASK
             for l in (1, 2, 3, 4, 6, 8, 12, 16) if n <= 2 else (16,):
                 frame(before, masked, states[l], f"try {k + 1}, step {n}, loop {l}", 220)
-            before = step["x"][0]
+            before = rmdm.picture(step["x"], *back)[0]
         title = f"try {k + 1}: {'solved' if right else 'it breaks a rule: once more'}"
         frame(before, before == rmdm.MASK, states[-1], title, 2500, not right)
         if right:
