@@ -424,8 +424,9 @@ def sample(
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     temperature = float(order == "ancestral") if temperature is None else temperature
-    if steps < 1 or (loops is not None and loops < 1) or not (0 <= temperature < math.inf and noise >= 0):
-        raise BadInput("steps and loops are at least 1, noise and temperature at least 0, temperature finite")
+    sizes = eps, noise, temperature, threshold or 0
+    if steps < 1 or (loops is not None and loops < 1) or not all(0 <= x < math.inf for x in sizes):
+        raise BadInput("steps and loops are at least 1; eps, noise, temperature, threshold at least 0 and finite")
     if threshold is not None and order == "ancestral":
         raise BadInput("a threshold needs an order other than ancestral")
     editable = x == MASK if editable is None else editable
@@ -482,7 +483,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2
         raise BadInput("tries is at least 1")
     editable = x == MASK if editable is None else editable
     todo, best = torch.arange(len(x), device=x.device), x.new_full(x.shape[:1], -1, dtype=torch.float64)
-    passes, count, nfe = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), x.new_zeros(len(x), tries)
+    passes, count, nfe = *x.new_zeros(2, len(x)), x.new_zeros(len(x), tries)
     answer, traces = x.clone(), [[] for _ in x]
     for k in range(tries):
         now = how | (again if k else {})
@@ -626,7 +627,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     step, seconds, flops, carried = 0, 0.0, 0, {}
-    how = dict(objective=training.objective, supervise=training.supervise, grad_loops=training.grad_loops)
+    how = {key: getattr(training, key) for key in ("objective", "supervise", "grad_loops")}
     how |= dict(loops=training.carry, carried=carried) if training.carry else dict(loops=model.config.loops)
 
     def note(entry, mode="a"):

@@ -195,11 +195,11 @@ def main():
     add("--loops", type=int, metavar="L", help="loops in each step; default: as trained")
     add("--eps", type=float, default=0.0, help="stop looping when h changes by a smaller share, say 0.1")
     add("--order", choices=rmdm.ORDERS, default="confidence")
-    add("--threshold", type=float, help="reveal all that is at least so sure; default: 0.99, with --data none")
+    add("--threshold", type=float, help="reveal all that is at least so sure; default: 0.99 (none with --data)")
     add("--temperature", type=float, help="of the tokens drawn; default: 1 if ancestral, else 0")
-    add("--tries", type=int, help="try again what the rules refuse; default: 32, with --data 1")
-    add("--noise", type=float, help="of h^0 in all tries but the first; default: 0.2; Countdown: random order")
-    add("--seed", type=int, default=0, help="of noise, orders and temperatures")
+    add("--tries", type=int, help="try again what the rules refuse; default: 32 (1 with --data)")
+    add("--noise", type=float, help="on h^0, in all tries but the first; default: 0.2 (Countdown: 0)")
+    add("--seed", type=int, default=0, help="of all that is random")
     add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
     add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
     add("--json", action="store_true", help="with --data: one JSON object a line")
@@ -208,15 +208,15 @@ def main():
     args.device, task = rmdm.pick_device(args.device), TASKS[args.task]
     if args.steps is not None and not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", args.steps):
         raise BadInput(f"--steps is a number, or several with commas, not {args.steps[:40]!r}")
-    if not 0 <= args.seed < 2**32:
-        raise BadInput("--seed is from 0 to below 2**32")
+    if not 0 <= args.seed < 2**32 or not 0 <= (args.noise or 0) < float("inf"):
+        raise BadInput("--seed is from 0 to below 2**32, --noise at least 0")
     steps = [int(T) for T in args.steps.split(",")] if args.steps else []
     if not args.data:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
         args.tries = 32 if args.tries is None else args.tries
         args.threshold = 0.99 if args.threshold is None and args.order != "ancestral" else args.threshold
     how = {name: getattr(args, name) for name in ("loops", "eps", "order", "threshold", "temperature")}
     how |= dict(tries=1 if args.tries is None else args.tries)
-    how["again"] = task.AGAIN if args.noise is None else dict(noise=args.noise)
+    how["again"] = task.AGAIN | ({} if args.noise is None else dict(noise=args.noise))
     seeded = dict(generator=torch.Generator(args.device).manual_seed(args.seed))
     if not args.data:
         if args.by is not None or args.json or len(steps) > 1:

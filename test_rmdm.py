@@ -308,10 +308,11 @@ def fill(**how):
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0)]),
     (lambda x: TrainConfig(**{x: 0}), "at least 1|above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
-    (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(lr=math.nan), dict(ema=1), dict(grad_loops=-1)]),
+    (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(clip=math.nan), dict(ema=1), dict(grad_loops=-1)]),
     (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
-    (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise"]),
+    (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise", "eps"]),
+    (lambda x: fill(**{x: math.nan}), "finite", ["temperature", "noise", "eps", "threshold"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_name(call, says, settings):
     for setting in settings:

@@ -25,7 +25,7 @@ from statistics import correlation
 HERE = Path(__file__).parent
 LOGS = HERE / "logs"
 PUZZLE = "...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976"  # by generate(256, 123)
-HARD = "100000002090400050006000700050903000000070000000850040700000600030009080002000001"  # "Easter Monster"
+HARD = "100007090030020008009600500005300900010080002600004000300000010040000007007000300"  # "AI Escargot"
 
 # ---- logs ----
 
@@ -315,40 +315,6 @@ def unjudged():
     return table(("task", "n", "one without noise", "one noisy", "most agree on", "model finds likeliest", "any"), body)
 
 
-def frontier(task):
-    """All ways of sampling from one model: (solved, loops a problem, milliseconds a problem, options), and those that
-    nothing beats at both of the first and one of the others. A run's time is shared out over its tries by loops."""
-    found = []
-    for row in scores(LOGS / f"{task}-frontier-seed0-eval.jsonl"):
-        how = [f"--steps {row['steps']}", f"--loops {row['loops']}"]
-        how += [f"--{key} {row[key]}" for key in ("threshold", "eps") if row[key]]
-        for n in (2**k for k in range(7) if 2**k <= row["max_tries"]):
-            ms = 1000 * row["seconds"] / row["n"] * row[f"nfe_{n}"] / row["nfe"]
-            found.append((100 * row[f"within_{n}"], row[f"nfe_{n}"], ms, " ".join(how + [f"--tries {n}"] * (n > 1))))
-    return found
-
-
-def best(points, cost):
-    """Those that none of the points at the same cost or less beats, by that cost (1: loops, 2: time)."""
-    kept = []
-    for point in sorted(points, key=lambda point: (point[cost], -point[0])):
-        if not kept or point[0] > kept[-1][0]:
-            kept.append(point)
-    return kept
-
-
-def cheapest():
-    """The first way on the frontier of time that solves so much."""
-    rows = []
-    for task in ("sudoku", "countdown"):
-        way = best(frontier(task), 2)
-        for share in (50, 70, 80, 90, 95, 98):
-            if enough := [point for point in way if point[0] >= share]:
-                solves, loops, ms, how = enough[0]
-                rows.append((task, share, f"{solves:.1f}", f"{loops:.0f}", f"{ms:.1f}", f"`{how}`"))
-    return table(("task", "at least", "solves", "loops", "ms", "options of sample.py"), rows)
-
-
 MODELS = {  # what the logs call a model, and what it is
     "fresh.pt": "fresh",
     "short": "carried",
@@ -549,25 +515,6 @@ def draw_restarts(plt):
     axes[0].legend(frameon=False, fontsize=8, loc="lower right")
     fig.tight_layout()
     fig.savefig(HERE / "sudoku-restarts.png", dpi=110)
-
-
-def draw_frontier(plt):
-    """Solved by loops and by milliseconds a problem: all ways of sampling from one model for each task."""
-    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row")
-    for row, task in zip(axes, ("sudoku", "countdown")):
-        found = frontier(task)
-        for ax, cost, label in zip(row, (1, 2), ("loops a problem", "milliseconds a problem, one core")):
-            ax.plot([p[cost] for p in found], [p[0] for p in found], ".", color="silver", ms=4)
-            one = [p for p in found if "--tries" not in p[3]]
-            for color, name, points in (("tab:blue", "one try", one), ("tab:green", "more tries, too", found)):
-                way = best(points, cost)
-                ax.plot([p[cost] for p in way], [p[0] for p in way], "o-", color=color, label=name, ms=4, lw=1.4)
-            ax.set(xscale="log", xlabel=label, ylim=(-2, 102))
-            ax.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{task.title()}: solved, %")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
-    fig.tight_layout()
-    fig.savefig(HERE / "frontier.png", dpi=110)
 
 
 def draw_recursion(plt):

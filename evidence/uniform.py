@@ -76,10 +76,9 @@ def costs(model, x0, editable, t, objective, generator=None, **how):
     return torch.where(editable, nats, 0), right
 
 
-def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None):
+def loss(model, x0, editable, objective="simple", generator=None, **how):
     """What rmdm.train asks for: rmdm.loss for this process."""
-    t, how = rmdm.sample_t(len(x0), generator, x0.device), dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
-    nats, right = costs(model, x0, editable, t, objective, generator, **how)
+    nats, right = costs(model, x0, editable, rmdm.sample_t(len(x0), generator, x0.device), objective, generator, **how)
     return nats.sum((1, 2)).mean() / editable.sum().clamp(min=1), right
 
 
