@@ -29,7 +29,7 @@ import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput
 
-# What a task brings: CHARS, LINE, SCORE, AGAIN, symmetry, parse, read_file, start, score, check, evaluate, name, draw.
+# What a task brings: CHARS, LINE, SCORE, AGAIN, parse, read_file, start, score, check, evaluate, name, draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = {81: "sudoku-long.pt", 4: "countdown-3.pt", 5: "countdown-4.pt"}  # by the length of a problem
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
