@@ -123,10 +123,10 @@ def show_steps(task, editable, trace):
 
 def solve(task, model, problems, show, **how):
     """Print the answers to problems (n, ...), 100 at a time; True if all are right."""
-    right, began, how = 0, time.perf_counter(), how | dict(trace=show)
+    right, began = 0, time.perf_counter()
     for some in np.array_split(problems, range(100, len(problems), 100)):
         x, editable = task.start(model, some)
-        out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(some[i.tolist()], x), **how)
+        out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(some[i.tolist()], x), trace=show, **how)
         for n, answer in enumerate(out.x.cpu().numpy()):
             if show:
                 show_loops(task, model, x[n], editable[n], how["loops"] or model.config.loops)

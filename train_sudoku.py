@@ -287,8 +287,8 @@ AGAIN = dict(noise=0.2, symmetry=symmetry)  # in further tries, eq. (8)
 
 def augment(boards, generator=None):
     """Boards (k, B, 81) under a random symmetry for each of B, the same for all k. On any device."""
-    source, names = (x.expand(len(boards), -1, -1) for x in symmetry(boards.shape[1], generator, boards.device))
-    return names.gather(2, boards.gather(2, source))
+    drawn = symmetry(boards.shape[1], generator, boards.device)
+    return torch.stack([rmdm.picture(x, *drawn) for x in boards])
 
 
 def batches(puzzles, solutions, device):

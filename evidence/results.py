@@ -327,10 +327,6 @@ def model(row):
     return MODELS[re.sub(r"-?\d$", "", Path(row["checkpoint"]).name)]
 
 
-def kaggle_20(row):
-    return row["whole"] and row["file"] == "kaggle3m" and row["steps"] == 20
-
-
 def where(**wanted):
     """For pivot: the rows of whole files whose fields have one of the values wanted."""
     return lambda row: row["whole"] and all(row[key] in values for key, values in wanted.items())
@@ -351,6 +347,7 @@ LONG = where(
     threshold=(None, 0.9),
     eps=(0, 0.3, 0.4, 0.8),
 )
+AT_20 = where(file=["kaggle3m"], steps=[20])
 MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/trunc-1"), eps=(0, 0.1))
 SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
 SUDOKU_ALL = SUDOKU | {"short, noise 0.3 alone": "sudoku-short-noise"}
@@ -366,7 +363,7 @@ LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
     "sudoku-carry": carry,
-    "sudoku-carry-loops": lambda: pivot("sudoku-carry sudoku-short", {"examples": model, "L": "loops"}, kaggle_20),
+    "sudoku-carry-loops": lambda: pivot("sudoku-carry sudoku-short", {"examples": model, "L": "loops"}, AT_20),
     "attention": attention,
     "likelihood": likelihood,
     "sudoku-depth": lambda: compare(depth(), PARAMETERS | FLOPS | on("kaggle3m", 20, 81)),
