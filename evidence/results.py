@@ -315,6 +315,27 @@ def unjudged():
     return table(("task", "n", "one without noise", "one noisy", "most agree on", "model finds likeliest", "any"), body)
 
 
+def frontier(task):
+    """All ways of sampling measured: (solved, loops a problem, milliseconds a problem, options of sample.py). A run's
+    time is shared out over its tries by loops."""
+    for row in scores(LOGS / f"{task}-frontier-seed0-eval.jsonl"):
+        how = [f"--{key} {row[key]}" for key in ("steps", "loops", "threshold", "eps") if row[key]]
+        for n in (2**k for k in range(7) if 2**k <= row["max_tries"]):
+            ms = 1000 * row["seconds"] / row["n"] * row[f"nfe_{n}"] / row["nfe"]
+            yield 100 * row[f"within_{n}"], row[f"nfe_{n}"], ms, " ".join(how + [f"--tries {n}"] * (n > 1))
+
+
+def cheapest():
+    """What solves so much in the least time."""
+    rows = []
+    for task in ("sudoku", "countdown"):
+        for share in (60, 70, 80, 90, 95, 97, 99):
+            if enough := [point for point in frontier(task) if point[0] >= share]:
+                solves, loops, ms, how = min(enough, key=lambda point: point[2])
+                rows.append((task, share, f"{solves:.1f}", f"{loops:.0f}", f"{ms:.1f}", f"`{how}`"))
+    return table(("task", "at least", "solves", "loops", "ms", "options of sample.py"), rows)
+
+
 MODELS = {  # what the logs call a model, and what it is
     "fresh.pt": "fresh",
     "short": "carried",
@@ -384,6 +405,7 @@ TABLES = {
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
     "countdown-restart-kinds": lambda: kinds("countdown"),
     "restarts-unjudged": unjudged,
+    "frontier": cheapest,
 }
 
 
@@ -514,6 +536,28 @@ def draw_restarts(plt):
     fig.savefig(HERE / "sudoku-restarts.png", dpi=110)
 
 
+def draw_frontier(plt):
+    """Solved by loops and by milliseconds a problem; a line joins what nothing cheaper beats."""
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row")
+    for row, task in zip(axes, ("sudoku", "countdown")):
+        found = list(frontier(task))
+        for ax, cost, label in zip(row, (1, 2), ("loops a problem", "milliseconds a problem, one core")):
+            ax.plot([p[cost] for p in found], [p[0] for p in found], ".", color="silver", ms=4)
+            one = [p for p in found if "--tries" not in p[3]]
+            for color, name, points in (("tab:blue", "one try", one), ("tab:green", "more tries, too", found)):
+                best = [(-1, 0)]
+                for point in sorted(points, key=lambda point: (point[cost], -point[0])):
+                    best += [(point[0], point[cost])] * (point[0] > best[-1][0])
+                solved, costs = zip(*best[1:])
+                ax.plot(costs, solved, "o-", color=color, label=name, ms=4, lw=1.4)
+            ax.set(xscale="log", xlabel=label)
+            ax.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{task.title()}: solved, %")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    fig.tight_layout()
+    fig.savefig(HERE / "frontier.png", dpi=110)
+
+
 def draw_recursion(plt):
     """One denoising step of the ten-minute model on one puzzle, read off after every second loop."""
     rmdm, model = shipped("sudoku-short")
@@ -610,6 +654,7 @@ def main():
         draw_depth(plt)
         draw_restarts(plt)
         draw_compute(plt)
+        draw_frontier(plt)
         draw_recursion(plt)
         draw_solving(plt)
     else:
