@@ -424,9 +424,9 @@ def sample(
     if order not in ORDERS:
         raise BadInput(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
     temperature = float(order == "ancestral") if temperature is None else temperature
-    sizes = eps, noise, temperature, threshold or 0
-    if steps < 1 or (loops is not None and loops < 1) or not all(0 <= x < math.inf for x in sizes):
-        raise BadInput("steps and loops are at least 1; eps, noise, temperature, threshold at least 0 and finite")
+    counts, sizes = (steps, 1 if loops is None else loops), (eps, noise, temperature, threshold or 0)
+    if not (all(1 <= n <= 10**6 for n in counts) and all(0 <= x < math.inf for x in sizes)):
+        raise BadInput("steps and loops are from 1 to a million; eps, noise, temperature, threshold finite, from 0")
     if threshold is not None and order == "ancestral":
         raise BadInput("a threshold needs an order other than ancestral")
     editable = x == MASK if editable is None else editable
@@ -479,8 +479,8 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2
             names (n, V), permutations in each row, names[0] = 0: a try solves such a `picture` of its problem
 
     The x and trace returned are those of each problem's best try, the trace a list of its own steps."""
-    if tries < 1:
-        raise BadInput("tries is at least 1")
+    if not 1 <= tries <= 10**6:
+        raise BadInput("tries is from 1 to a million")
     editable = x == MASK if editable is None else editable
     todo, best = torch.arange(len(x), device=x.device), x.new_full(x.shape[:1], -1, dtype=torch.float64)
     passes, count, nfe = *x.new_zeros(2, len(x)), x.new_zeros(len(x), tries)

@@ -140,7 +140,7 @@ def solve(task, model, problems, show, **how):
             verdict = f"{paint('right', GREEN)}, checked by the rules"
             if wrong:
                 verdict = f"{paint('not solved', RED)}: {wrong}"
-            print(f"{verdict} (try {out.tries[n]}, {out.passes[n]} steps, {out.nfe[n].sum()} loops)\n")
+            print(f"{verdict} (tries: {out.tries[n]}, steps: {out.passes[n]}, loops: {out.nfe[n].sum()})\n")
     print(f"{right} of {len(problems)} right, {time.perf_counter() - began:.2f} s")
     return right == len(problems)
 

@@ -311,7 +311,8 @@ def fill(**how):
     (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(clip=math.nan), dict(ema=1), dict(grad_loops=-1)]),
     (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
     (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
-    (lambda x: fill(**{x: -1}), "at least", ["steps", "loops", "temperature", "tries", "noise", "eps"]),
+    (lambda x: fill(**{x: -1}), "from", ["steps", "loops", "temperature", "tries", "noise", "eps"]),
+    (lambda x: fill(**{x: 10**12}), "to a million", ["steps", "loops", "tries"]),
     (lambda x: fill(**{x: math.nan}), "finite", ["temperature", "noise", "eps", "threshold"]),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_name(call, says, settings):
@@ -923,7 +924,7 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles):
     assert cli(sudoku, *train, "--resume")[1] == out  # a finished run reports once more
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1].split()
     code, out, _ = cli(sample, *command, "--tries", 2, "--steps", 9, "--noise", 1)
-    assert code == 1 and "not solved: " in out and out.count("|") == 36 and "(try 2, 18 steps, 36 loops)" in out
+    assert code == 1 and "not solved: " in out and out.count("|") == 36 and "(tries: 2, steps: 18, loops: 36)" in out
     _, out, _ = cli(sample, *command, "--show", "--tries", 1, "--steps", 2, "--loops", 16)
     pictures = [int(l) for l in re.findall(r"loop (\d+): ", out)]  # every second one
     assert pictures == list(range(2, 17, 2)) and "step 2 of 2, 16 loops" in out and "\033" not in out
