@@ -941,7 +941,7 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles):
     Path("many.csv").write_text("puzzle,solution\n" + "".join(map("{},{}\n".format, p[:12], s)) + "damaged\n")
     assert cli(sudoku, "--data", "many.csv", "--out", "b", *train)[0] == 0  # it takes what it needs, and no more
     code, out, _ = cli(sample, "sudoku", EASY, "--steps", 20)  # with the weights of the repository
-    assert code == 0 and "right, checked by the rules (try 1, " in out and "1 of 1 right" in out
+    assert code == 0 and "right, checked by the rules (tries: 1, " in out and "1 of 1 right" in out
 
 
 def test_the_countdown_commands_end_to_end(cli):
@@ -1311,7 +1311,7 @@ def test_problems_come_as_arguments_files_and_streams(cli, board, puzzles, monke
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(drawn.encode())))
     for argv in ([drawn], [boxes], ["grid.txt"], ["two.txt"], []):
         code, out, err = cli(sample, "sudoku", "--checkpoint", "board.pt", *argv)
-        assert code == 0 and out.count("right, checked by the rules (try 1, 0 steps") == 1 + (argv == ["two.txt"]), err
+        assert code == 0 and out.count("right, checked by the rules (tries: 1, steps: 0") == 1 + (argv == ["two.txt"]), err
 
 
 HUGE = "9" * 30
