@@ -1311,7 +1311,7 @@ def test_problems_come_as_arguments_files_and_streams(cli, board, puzzles, monke
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(drawn.encode())))
     for argv in ([drawn], [boxes], ["grid.txt"], ["two.txt"], []):
         code, out, err = cli(sample, "sudoku", "--checkpoint", "board.pt", *argv)
-        assert code == 0 and out.count("right, checked by the rules (tries: 1, steps: 0") == 1 + (argv == ["two.txt"]), err
+        assert code == 0 and out.count("by the rules (tries: 1, steps: 0,") == 1 + (argv == ["two.txt"]), err
 
 
 HUGE = "9" * 30

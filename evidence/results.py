@@ -195,19 +195,53 @@ def operands(model):
     return f"CD{model['numbers']}, {shape(model)}"
 
 
+FORMS = "plain", "our", "LoopMDM's"
+
+
+def attended():
+    """What evidence/attention.py printed of the loops: {(task, form): {(t, loop): its rows, one a seed}}."""
+    found = {(task, form): {} for task in ("sudoku", "countdown") for form in FORMS}
+    for row in (row for path in sorted(LOGS.glob("attention-*.jsonl")) for row in lines(path)):
+        form = FORMS[2 if row["head_layers"] else row["inject"]]
+        if row["part"] == "loop":
+            found[row["task"], form].setdefault((row["t"], row["loop"]), []).append(row)
+    return found
+
+
 def attention():
-    """What evidence/attention.py printed: the share that goes to other masked positions, by loop."""
-    found, loops = {}, (1, 2, 3, 4, 8, 16)
-    for row in (row for task in ("sudoku", "countdown") for row in lines(LOGS / f"attention-{task}-seed0.jsonl")):
-        found.setdefault((row["task"], row["t"]), []).append(row)
+    """At t = 1: the share that goes to other masked positions, by loop, that within units, and the nats."""
     body = []
-    for (task, t), rows in found.items():
-        at = {row["loop"]: row for row in rows}
-        shares = (f"{at[l]['masked']:.2f}" if l in at else "" for l in loops)
-        nats = f"{rows[0]['ce']:.2f}, {rows[-1]['ce']:.2f}"
-        body.append((task, t, *shares, f"{rows[0]['uniform']['masked']:.2f}", nats))
-    head = "task", "t", *(f"loop {l}" for l in loops), "uniform", "nats after the first and the last loop"
-    return table(head, body)
+    for (task, form), at in attended().items():
+        at = {l: rows for (t, l), rows in at.items() if t == 1}
+        ends, uniform = (1, max(at)), at[1][0]["uniform"]
+        shares = [spread((row["masked"] for row in at[l]), 2) for l in (1, 2, 4, max(at))]
+        nats = ", ".join(spread((row["ce"] for row in at[l]), 2) for l in ends)
+        unit = ""
+        if task == "sudoku":
+            unit = ", ".join([spread((row["unit"] for row in at[l]), 2) for l in ends] + [f"{uniform['unit']:.2f}"])
+        body.append((task, form, *shares, f"{uniform['masked']:.2f}", unit, nats))
+    head = "loop 1", "loop 2", "loop 4", "last", "uniform", "unit: loop 1, last, uniform", "nats: loop 1, last"
+    return table(("task", "form", *head), body)
+
+
+def uniform():
+    """Uniform-state diffusion, by sampler, beside masking in the same form at equal FLOPs: kaggle3m."""
+    measured = [row for path in sorted(LOGS.glob("uniform-scores-seed*.jsonl")) for row in lines(path)]
+    body, steps = [], (1, 5, 20, 81)
+    for seeds in runs("uniform-flat") + runs("uniform") + runs("sudoku-today"):
+        L, ways = seeds[0]["loops"], {}
+        for row in measured if seeds[0]["task"] == "sudoku-uniform" else ():
+            if row["data"] == "kaggle3m" and f"-L{L}-" in row["run"]:
+                ways.setdefault(f"uniform, {row['sampler']}", {}).setdefault(row["T"], []).append(row)
+        ways = ways or {"masking": {T: [model["at"][file, T] for model in seeds] for file, T in seeds[0]["at"]}}
+        for way, at in ways.items():
+            shares = (spread(100 * row["exact"] for row in at[T]) if T in at else "" for T in steps)
+            revised = ("",) * 2
+            if way != "masking":
+                revised = (spread(100 * row[key] for row in at[20]) for key in ("mended", "spoiled"))
+            costs = spread((model["flops"] / 1e12 for model in seeds)), spread((model["nelbo"] for model in seeds), 2)
+            body.append((way, L, *costs, *shares, *revised))
+    return table(("process", "L", "TFLOP", "NELBO, nats", *(f"T={T}" for T in steps), "mended", "spoiled"), body)
 
 
 def spearman(pairs):
@@ -387,6 +421,7 @@ TABLES = {
     "sudoku-carry-loops": lambda: pivot("sudoku-carry sudoku-short", {"examples": model, "L": "loops"}, AT_20),
     "attention": attention,
     "likelihood": likelihood,
+    "uniform": uniform,
     "sudoku-depth": lambda: compare(depth(), PARAMETERS | FLOPS | on("kaggle3m", 20, 81)),
     "sudoku-loops": lambda: pivot("sudoku-loops", {"L": "loops"}, where(loops=(2, 4, 8, 16))),
     "sudoku-orders": lambda: pivot("sudoku-orders", {"order": "order"}, where(file=["kaggle3m"])),
@@ -558,6 +593,27 @@ def draw_frontier(plt):
     fig.savefig(HERE / "frontier.png", dpi=110)
 
 
+def draw_attention(plt):
+    """By loop, the share of masked positions' attention that goes to other masked ones; dashed, if it were uniform."""
+    fig, axes = plt.subplots(2, 3, figsize=(10, 5.6), sharex="row", sharey="row")
+    for ax, ((task, form), at) in zip(axes.flat, attended().items()):
+        for color, t in zip(plt.cm.viridis((0, 0.45, 0.8)), (0.5, 0.9, 1.0)):
+            by_loop = sorted((l, rows) for (time, l), rows in at.items() if time == t)
+            means = [sum(row["masked"] for row in rows) / len(rows) for _, rows in by_loop]
+            ax.plot([l for l, _ in by_loop], means, "o-", color=color, label=f"t = {t}", ms=3, lw=1.4)
+            ax.axhline(by_loop[0][1][0]["uniform"]["masked"], color=color, ls="--", lw=1)
+        ax.set_title(f"{task.title()}, {form} form", fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylim(0)
+    fig.supxlabel("loop", fontsize=10)
+    fig.supylabel("attention to other masked positions", fontsize=10)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    fig.savefig(HERE / "attention.png", dpi=110)
+
+
 def draw_recursion(plt):
     """One denoising step of the ten-minute model on one puzzle, read off after every second loop."""
     rmdm, model = shipped("sudoku-short")
@@ -655,6 +711,7 @@ def main():
         draw_restarts(plt)
         draw_compute(plt)
         draw_frontier(plt)
+        draw_attention(plt)
         draw_recursion(plt)
         draw_solving(plt)
     else:
