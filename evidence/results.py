@@ -10,6 +10,7 @@
     logs/NAME-seed*.txt           what training printed at its end, until commit 16cafdf: scores, mistakes, noise
     logs/attention-*-seed*.jsonl  what evidence/attention.py printed
     logs/restarts-*-seed*.jsonl   what evidence/restarts.py printed
+    logs/uniform-scores-*.jsonl   what evidence/uniform.py printed, with and without --data
 
 The other logs, of evidence/speed.py, of evidence/classical.py and of runs that README.md sums up, have no table.
 """
@@ -201,10 +202,11 @@ FORMS = "plain", "our", "LoopMDM's"
 def attended():
     """What evidence/attention.py printed of the loops: {(task, form): {(t, loop): its rows, one a seed}}."""
     found = {(task, form): {} for task in ("sudoku", "countdown") for form in FORMS}
-    for row in (row for path in sorted(LOGS.glob("attention-*.jsonl")) for row in lines(path)):
-        form = FORMS[2 if row["head_layers"] else row["inject"]]
-        if row["part"] == "loop":
-            found[row["task"], form].setdefault((row["t"], row["loop"]), []).append(row)
+    for path in sorted(LOGS.glob("attention-*.jsonl")):
+        for row in lines(path):
+            if row["part"] == "loop":
+                form = FORMS[2 if row["head_layers"] else row["inject"]]
+                found[row["task"], form].setdefault((row["t"], row["loop"]), []).append(row)
     return found
 
 
@@ -212,16 +214,19 @@ def attention():
     """At t = 1: the share that goes to other masked positions, by loop, that within units, and the nats."""
     body = []
     for (task, form), at in attended().items():
-        at = {l: rows for (t, l), rows in at.items() if t == 1}
-        ends, uniform = (1, max(at)), at[1][0]["uniform"]
-        shares = [spread((row["masked"] for row in at[l]), 2) for l in (1, 2, 4, max(at))]
-        nats = ", ".join(spread((row["ce"] for row in at[l]), 2) for l in ends)
-        unit = ""
-        if task == "sudoku":
-            unit = ", ".join([spread((row["unit"] for row in at[l]), 2) for l in ends] + [f"{uniform['unit']:.2f}"])
-        body.append((task, form, *shares, f"{uniform['masked']:.2f}", unit, nats))
+
+        def show(key, *loops):
+            return ", ".join(spread((row[key] for row in at[1, l]), 2) for l in loops)
+
+        end, even = max(l for _, l in at), at[1, 1][0]["uniform"]
+        shares = [show("masked", l) for l in (1, 2, 4, end)]
+        unit = f"{show('unit', 1, end)}, {even['unit']:.2f}" if task == "sudoku" else ""
+        body.append((task, form, *shares, f"{even['masked']:.2f}", unit, show("ce", 1, end)))
     head = "loop 1", "loop 2", "loop 4", "last", "uniform", "unit: loop 1, last, uniform", "nats: loop 1, last"
     return table(("task", "form", *head), body)
+
+
+REVISED = ("mended", "spoiled")
 
 
 def uniform():
@@ -229,19 +234,20 @@ def uniform():
     measured = [row for path in sorted(LOGS.glob("uniform-scores-seed*.jsonl")) for row in lines(path)]
     body, steps = [], (1, 5, 20, 81)
     for seeds in runs("uniform-flat") + runs("uniform") + runs("sudoku-today"):
-        L, ways = seeds[0]["loops"], {}
-        for row in measured if seeds[0]["task"] == "sudoku-uniform" else ():
-            if row["data"] == "kaggle3m" and f"-L{L}-" in row["run"]:
+        L, ways, bounds = seeds[0]["loops"], {}, [model["nelbo"] for model in seeds]
+        if seeds[0]["task"] == "sudoku-uniform":
+            rows = [row for row in measured if f"-L{L}-" in row["run"]]
+            bounds = [row["nelbo"] for row in rows if not row["data"] and row["T"] == 1]  # held-out
+            for row in (row for row in rows if row["data"] == "kaggle3m"):
                 ways.setdefault(f"uniform, {row['sampler']}", {}).setdefault(row["T"], []).append(row)
-        ways = ways or {"masking": {T: [model["at"][file, T] for model in seeds] for file, T in seeds[0]["at"]}}
+        else:
+            ways["masking"] = {T: [model["at"][file, T] for model in seeds] for file, T in seeds[0]["at"]}
+        costs = spread((model["flops"] / 1e12 for model in seeds)), spread(bounds, 2)
         for way, at in ways.items():
             shares = (spread(100 * row["exact"] for row in at[T]) if T in at else "" for T in steps)
-            revised = ("",) * 2
-            if way != "masking":
-                revised = (spread(100 * row[key] for row in at[20]) for key in ("mended", "spoiled"))
-            costs = spread((model["flops"] / 1e12 for model in seeds)), spread((model["nelbo"] for model in seeds), 2)
+            revised = (spread(100 * row[key] for row in at[20]) if key in at[20][0] else "" for key in REVISED)
             body.append((way, L, *costs, *shares, *revised))
-    return table(("process", "L", "TFLOP", "NELBO, nats", *(f"T={T}" for T in steps), "mended", "spoiled"), body)
+    return table(("process", "L", "TFLOP", "NELBO, nats", *(f"T={T}" for T in steps), *REVISED), body)
 
 
 def spearman(pairs):
@@ -576,15 +582,15 @@ def draw_frontier(plt):
     fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row")
     for row, task in zip(axes, ("sudoku", "countdown")):
         found = list(frontier(task))
+        one = [p for p in found if "--tries" not in p[3]]
         for ax, cost, label in zip(row, (1, 2), ("loops a problem", "milliseconds a problem, one core")):
             ax.plot([p[cost] for p in found], [p[0] for p in found], ".", color="silver", ms=4)
-            one = [p for p in found if "--tries" not in p[3]]
-            for color, name, points in (("tab:blue", "one try", one), ("tab:green", "more tries, too", found)):
-                best = [(-1, 0)]
+            for color, name, points in (("tab:blue", "one try", one), ("tab:green", "one or more tries", found)):
+                best = []
                 for point in sorted(points, key=lambda point: (point[cost], -point[0])):
-                    best += [(point[0], point[cost])] * (point[0] > best[-1][0])
-                solved, costs = zip(*best[1:])
-                ax.plot(costs, solved, "o-", color=color, label=name, ms=4, lw=1.4)
+                    if not best or point[0] > best[-1][0]:
+                        best.append(point)
+                ax.plot([p[cost] for p in best], [p[0] for p in best], "o-", color=color, label=name, ms=4, lw=1.4)
             ax.set(xscale="log", xlabel=label)
             ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{task.title()}: solved, %")
