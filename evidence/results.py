@@ -233,7 +233,7 @@ def uniform():
     """Uniform-state diffusion, by sampler, beside masking in the same form at equal FLOPs: kaggle3m."""
     measured = [row for path in sorted(LOGS.glob("uniform-scores-seed*.jsonl")) for row in lines(path)]
     body, steps = [], (1, 5, 20, 81)
-    for seeds in runs("uniform-flat") + runs("uniform") + runs("sudoku-today"):
+    for seeds in runs("uniform-flat") + runs("sudoku-flat") + runs("uniform") + runs("sudoku-today"):
         L, ways, bounds = seeds[0]["loops"], {}, [model["nelbo"] for model in seeds]
         if seeds[0]["task"] == "sudoku-uniform":
             rows = [row for row in measured if f"-L{L}-" in row["run"]]
