@@ -39,11 +39,11 @@ def scores(path):
     """The rows of a NAME-seed*-eval.jsonl, with `file` as we name it, `name`, that of the log, and `whole`: not of a
     part of the file. The group of all was "all" and is null."""
     how = dict(name=path.name.split("-seed")[0], checkpoint="", eps=0.0)
-    return [how | row | dict(whole=row["group"] in (None, "all"), file=set_name(row)) for row in lines(path)]
+    return [how | row | dict(whole=row["group"] in (None, "all"), file=set_name(row["file"])) for row in lines(path)]
 
 
-def set_name(row):
-    return Path(row["file"]).stem.split("_", 1)[-1]
+def set_name(path):
+    return Path(path).stem.split("_", 1)[-1]
 
 
 OFF = dict(coord_bias=False, grad_loops=0, curriculum="none", mass_t1=0.0)  # options that came later, or went
@@ -238,7 +238,7 @@ def uniform():
         if seeds[0]["task"] == "sudoku-uniform":
             rows = [row for row in measured if f"-L{L}-" in row["run"]]
             bounds = [row["nelbo"] for row in rows if not row["data"] and row["T"] == 1]  # held-out
-            for row in (row for row in rows if row["data"] == "kaggle3m"):
+            for row in (row for row in rows if row["data"] and set_name(row["data"]) == "kaggle3m"):
                 ways.setdefault(f"uniform, {row['sampler']}", {}).setdefault(row["T"], []).append(row)
         else:
             ways["masking"] = {T: [model["at"][file, T] for model in seeds] for file, T in seeds[0]["at"]}
@@ -490,8 +490,7 @@ def draw_depth(plt):
     left.minorticks_off()
     right.set(xscale="log", xlabel="loops a puzzle, all steps together", title="1 layer, more and fewer steps")
     for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8, loc="upper left")
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(loc="upper left")
     fig.tight_layout()
     fig.savefig(HERE / "sudoku-depth.png", dpi=130)
 
@@ -544,8 +543,7 @@ def draw_compute(plt):
         ax.plot(x, y, "D", color="gray", mfc="none", ms=5)
         ax.annotate(label, (x, y), fontsize=7, ha="right", xytext=(-6, -2), textcoords="offset points")
     ax.set(xscale="log", xlabel="training, operations", ylabel="solved, %", ylim=(-2, 102), xlim=(2e13, 5e18))
-    ax.legend(frameon=False, fontsize=8, loc="center", title="T=20, one try (dotted: within 64)", title_fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="center", title="T=20, one try (dotted: within 64)", title_fontsize=8)
     fig.tight_layout()
     fig.savefig(HERE / "sudoku-compute.png", dpi=110)
 
@@ -570,9 +568,8 @@ def draw_restarts(plt):
             points = [[sum(x) / len(x) for x in zip(*points[key])] for key in sorted(points)]
             ax.plot(*zip(*points), color=color, label=label, marker="o", ms=4, lw=1.2)
         ax.set(xscale="log", xlabel="loops a puzzle", title=file, xlim=(10, 10_000), ylim=(-2, 102))
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("solved, %")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0].legend(loc="lower right")
     fig.tight_layout()
     fig.savefig(HERE / "sudoku-restarts.png", dpi=110)
 
@@ -592,9 +589,8 @@ def draw_frontier(plt):
                         best.append(point)
                 ax.plot([p[cost] for p in best], [p[0] for p in best], "o-", color=color, label=name, ms=4, lw=1.4)
             ax.set(xscale="log", xlabel=label)
-            ax.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel(f"{task.title()}: solved, %")
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left")
+    axes[0, 0].legend(loc="upper left")
     fig.tight_layout()
     fig.savefig(HERE / "frontier.png", dpi=110)
 
@@ -610,12 +606,11 @@ def draw_attention(plt):
             ax.axhline(by_loop[0][1][0]["uniform"]["masked"], color=color, ls="--", lw=1)
         ax.set_title(f"{task.title()}, {form} form", fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.spines[["top", "right"]].set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylim(0)
     fig.supxlabel("loop", fontsize=10)
     fig.supylabel("attention to other masked positions", fontsize=10)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend()
     fig.tight_layout()
     fig.savefig(HERE / "attention.png", dpi=110)
 
@@ -713,11 +708,10 @@ def main():
     elif args.figures:
         import matplotlib.pyplot as plt
 
-        draw_depth(plt)
-        draw_restarts(plt)
-        draw_compute(plt)
-        draw_frontier(plt)
-        draw_attention(plt)
+        look = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
+        with plt.rc_context(look):
+            for draw in (draw_depth, draw_restarts, draw_compute, draw_frontier, draw_attention):
+                draw(plt)
         draw_recursion(plt)
         draw_solving(plt)
     else:
