@@ -20,7 +20,7 @@ Map: the numbers (1) to (8) are this project's own; the README lists the equatio
     2. Recursive transformer           eqs. (2), (7), and (8) in RMDM.states
     3. Loss                            eqs. (3) to (5)      loss, nelbo
     4. Sampler                         eqs. (6), (8)        sample, sample_all
-    5. Training and checkpoints        (7): L drawn         TrainConfig, train, load
+    5. Training and checkpoints        (7): L drawn         TrainConfig, begin, train, load
     6. What the scripts share                               override, run_script
 
 Shapes: B examples, N positions, d width, V tokens (MASK included), K layers in the shared block, L loops,
@@ -107,7 +107,6 @@ class Config:
     head_layers: int = 0  # layers run once before the loops, eq. (7); 0 is R-MDM
     tail_layers: int = 0  # layers run once after the loops, eq. (7); 0 is R-MDM
     time: bool = False  # t enters f, eq. (2); off, since the number of MASKs tells t
-    loop_embedding: bool = True  # v^l, eq. (2)
     inject: bool = False  # ours: h^0 is added again at every loop (prior art: 2502.05171); helps beyond L loops
     coord_bias: bool = False  # ours: a relative position bias, see Layer; learns grids faster
 
@@ -188,8 +187,7 @@ class RMDM(nn.Module):
         self.head = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.head_layers))
         self.block = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.layers))
         self.tail = nn.ModuleList(Layer(c.width, c.heads, axes) for _ in range(c.tail_layers))
-        if c.loop_embedding:
-            self.v = nn.Embedding(c.loops, c.width)
+        self.v = nn.Embedding(c.loops, c.width)
         self.loop_norm = nn.LayerNorm(c.width)
         self.norm = nn.LayerNorm(c.width)
         self.unembed = nn.Linear(c.width, c.vocab - 1)  # no logit for MASK
@@ -201,8 +199,7 @@ class RMDM(nn.Module):
             elif isinstance(m, nn.Embedding):
                 nn.init.normal_(m.weight, std=0.5)  # a token and a few coordinates together: about 1
         nn.init.zeros_(self.unembed.weight)  # start from equal probabilities
-        if c.loop_embedding:
-            nn.init.zeros_(self.v.weight)  # start with all loops alike
+        nn.init.zeros_(self.v.weight)  # start with all loops alike
 
     def embed_time(self, t):
         """t (B,) -> (B, 1, d)."""
@@ -241,8 +238,7 @@ class RMDM(nn.Module):
             with torch.set_grad_enabled(grad):
                 if c.time:
                     h = h + self.embed_time(t)
-                if c.loop_embedding:
-                    h = h + self.v((before + l).clamp(max=c.loops) - 1)[:, None]  # h^{l-1} + v^l
+                h = h + self.v((before + l).clamp(max=c.loops) - 1)[:, None]  # h^{l-1} + v^l
                 if c.inject:
                     h = h + h0
                 h = self.loop_norm(h)  # Norm(h^{l-1} + v^l), with what was added to it
@@ -262,7 +258,7 @@ class RMDM(nn.Module):
         gradient: the last grad_loops, or all `loops` (default: as trained). Also the final h (B, N, d)."""
         loops = loops or self.config.loops
         if (carried or 0 < grad_loops < loops) and not self.config.inject:
-            raise BadInput(f"grad_loops={grad_loops} of {loops} loops needs inject=true, or E gets no gradient")
+            raise BadInput("carry, or grad_loops below the loops, needs inject=true: else E gets hardly any gradient")
         states = list(self.states(x_t, t, loops, grad_loops, carried=carried))[1:]
         read_at = {"all": states[-grad_loops:], "final": states[-1:]}[supervise]  # (5)
         return self.decode(torch.cat(read_at)).view(len(read_at), *x_t.shape, -1), states[-1]
@@ -274,7 +270,8 @@ class RMDM(nn.Module):
         used = torch.full_like(x_t[:, 0], loops)
         states = self.states(x_t, t, loops, noise=noise, generator=generator)
         if not eps:
-            *_, final = states
+            for final in states:  # none is kept but the last
+                pass
             return self.decode(final), used
         l, h, going = 0, next(states), torch.arange(len(x_t), device=x_t.device)  # going: the examples that go on
         final, go = torch.empty_like(h), torch.ones_like(going, dtype=torch.bool)
@@ -394,13 +391,13 @@ class Filled:
     tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
 
     def scores(self, right):
-        """What restarts are worth if `right` (B,) bool are solved: `first`, the share solved at the first try; the mean
-        `tries` and `nfe`; and the share solved `within_n` tries, n = 1, 2, 4, .., with their mean loops, `nfe_n`."""
+        """What restarts are worth if `right` (B,) bool are solved: the mean `tries` and `nfe`, and the share solved
+        `within_n` tries, n = 1, 2, 4, .., with their mean loops, `nfe_n`."""
         right, nfe = torch.as_tensor(right, device=self.tries.device), self.nfe.double().mean(0).cumsum(0).tolist()
         found = dict(tries=self.tries.double().mean().item(), nfe=nfe[-1])
         for n in (2**k for k in range(len(nfe).bit_length())):
             found |= {f"within_{n}": (right & (self.tries <= n)).double().mean().item(), f"nfe_{n}": nfe[n - 1]}
-        return dict(first=found["within_1"]) | found
+        return found
 
 
 @torch.no_grad()
@@ -472,19 +469,20 @@ def picture(x, source, names):
 def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2}, batch=128, trace=False, **how):
     """`sample` in batches that fit a cache, with restarts, eq. (8): what `judge` refuses is tried again.
 
-    judge   judge(i, x) -> (n,) scores the answers x (n, N) to the problems i (n,): 1 is right, less is less so
+    judge   judge(i, x) -> (n,) bool: which of the answers x (n, N) to the problems i (n,) are right
     tries   at most so many; `how` is for `sample`
     again   what differs in all tries but the first. Default: noise, of a size that solved many Sudokus within 16
             tries, though it costs a single try much. "symmetry" is a function (n, generator, device) -> source (n, N),
             names (n, V), permutations in each row, names[0] = 0: a try solves such a `picture` of its problem
 
-    The x and trace returned are those of each problem's best try, the trace a list of its own steps."""
+    The x and trace returned are those of each problem's last try, the trace a list of its own steps."""
     if not 1 <= tries <= 10**6:
         raise BadInput("tries is from 1 to a million")
     editable = x == MASK if editable is None else editable
-    todo, best = torch.arange(len(x), device=x.device), x.new_full(x.shape[:1], -1, dtype=torch.float64)
+    todo, right = torch.arange(len(x), device=x.device), torch.zeros_like(x[:, 0], dtype=torch.bool)
     passes, count, nfe = *x.new_zeros(2, len(x)), x.new_zeros(len(x), tries)
     answer, traces = x.clone(), [[] for _ in x]
+    bar = tqdm(total=len(x), desc="solved", leave=False, delay=5)  # of what takes longer than five seconds
     for k in range(tries):
         now = how | (again if k else {})
         symmetry = now.pop("symmetry", None)
@@ -500,16 +498,16 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2
                 for step in out.trace:
                     step |= {key: step[key].gather(1, source) for key in ("revealed", "sure")}
                     step["x"] = picture(step["x"], source, names)
-            score = torch.as_tensor(judge(i, out.x)).to(best) if judge else torch.ones_like(best[i])
-            better = score > best[i]
-            best[i[better]], answer[i[better]] = score[better], out.x[better]
+            answer[i], right[i] = out.x, torch.as_tensor(judge(i, out.x)).to(right) if judge else True
             passes[i], nfe[i, k], count[i] = passes[i] + out.passes, out.nfe, k + 1
-            for row in better.nonzero()[:, 0].tolist() if trace else ():
+            bar.update(right[i].sum().item())
+            for row in range(len(i)) if trace else ():
                 steps = [{key: value[row] for key, value in step.items()} for step in out.trace]
                 traces[i[row]] = [step for step in steps if step["loops"]]
-        todo = todo[best[todo] < 1]
+        todo = todo[~right[todo]]
         if not len(todo):
             break
+    bar.close()
     return Filled(answer, passes, nfe, traces, count)
 
 
@@ -521,9 +519,9 @@ class TrainConfig:
     batch: int = 32  # twice or half as many gained nothing in pilots
     muon: bool = True  # for the matrices inside the layers: in pilots puzzles were learned faster than with AdamW alone
     lr: float = 0.02  # of Muon; twice or half as much gained nothing in pilots
-    lr_rest: float = 4e-3  # of AdamW: embeddings, norms, biases, D; without Muon all
+    lr_rest: float = 4e-3  # of AdamW: embeddings, norms, biases, the unembedding; without Muon all
     warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
-    weight_decay: float = 0.01  # torch's for AdamW
+    weight_decay: float = 0.01  # of both; torch's for AdamW
     clip: float = 1.0  # largest gradient norm, the usual one
     ema: float = 0.999  # decay of the averaged weights, the ones that are evaluated and shipped
     objective: str = "simple"  # eq. (4), or elbo, eq. (3)
@@ -532,7 +530,6 @@ class TrainConfig:
     carry: int = 0  # ours, see `loss`: an example stays, grad_loops loops a step, until right or so many loops old
     loops_min: int = 0  # from 1: the loop count is drawn from loops_min..loops at each step, eq. (7); 0 = always loops
     seed: int = 0
-    compile: bool = True  # on CUDA alone; false where Triton or a C compiler is missing
     eval_every: int = 1000  # steps; one evaluation takes seconds
     save_every: int = 250  # steps: the half minute or so that a stop may cost
 
@@ -610,6 +607,24 @@ def load(path, device="cpu", task=None):
     return model.to(device).eval()
 
 
+def begin(out, config, training, about=None, resume=False):
+    """The settings of a run in the folder `out`, and the checkpoint that it goes on from, {} for a new run. Raises
+    BadInput if the folder is in use, or its run was begun with other settings. To call before data are made, too."""
+    settings, out = dict(config=asdict(config), train=asdict(training), about=about or {}), Path(out)
+    settings = json.loads(json.dumps(settings))  # plain numbers, strings and lists, as read back
+    if not resume:
+        if out.exists() and any(out.iterdir()):
+            raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
+        return settings, {}
+    saved = read(out / "checkpoint.pt")
+    for part, new in settings.items():
+        for key in new | saved[part]:
+            if saved[part].get(key) != new.get(key):
+                old = str(saved[part].get(key))[:40]
+                raise BadInput(f"{out}: the run was begun with {key}={old}, not {str(new.get(key))[:40]}")
+    return settings, saved
+
+
 def train(model, training, batch, evaluate, out, about=None, resume=False, loss=loss):
     """Train `model` in place; returns the averaged (EMA) model.
 
@@ -621,8 +636,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
                         run ends bit-identical to one never interrupted, if batch draws from its generator alone
     loss                a function like `loss` for another diffusion process, as in evidence/uniform.py"""
     device, out = next(model.parameters()).device, Path(out)
-    settings = dict(config=asdict(model.config), train=asdict(training), about=about or {})
-    settings = json.loads(json.dumps(settings))  # plain numbers, strings and lists, as read back
+    settings, saved = begin(out, model.config, training, about, resume)
     optimizers = make_optimizers(model, training)
     generator = torch.Generator(device).manual_seed(training.seed)  # all randomness after initialization
     ema = copy.deepcopy(model).requires_grad_(False).eval()
@@ -641,13 +655,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
         saved |= dict(optimizers=[o.state_dict() for o, _ in optimizers], rng=generator.get_state())
         save(out / "checkpoint.pt", saved | dict(carried=carried, model=model.state_dict()))
 
-    if resume:
-        saved = read(out / "checkpoint.pt")
-        for part, new in settings.items():
-            for key in new | saved[part]:
-                if saved[part].get(key) != new.get(key):
-                    old = str(saved[part].get(key))[:40]
-                    raise BadInput(f"{out}: the run was begun with {key}={old}, not {str(new.get(key))[:40]}")
+    if saved:
         step, seconds, flops = saved["step"], saved["seconds"], saved["flops"]
         carried |= {key: x.to(device) for key, x in saved["carried"].items()}
         generator.set_state(saved["rng"])
@@ -656,8 +664,6 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
         for (optimizer, _), state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
     else:
-        if out.exists() and any(out.iterdir()):
-            raise BadInput(f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
         with torch.no_grad():  # one example, none carried: what cannot be trained is refused before there is a folder
             loss(model, *batch(1, torch.Generator(device)), **copy.deepcopy(how))
         out.mkdir(parents=True, exist_ok=True)
@@ -667,9 +673,6 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
         facts |= dict(torch=torch.__version__, threads=torch.get_num_threads())
         facts |= settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords))
         note(facts, "x")  # x: of two processes in one folder the second fails
-    if device.type == "cuda" and training.compile:
-        for layer in (*model.head, *model.block, *model.tail):
-            layer.compile()  # in place: the names in a checkpoint stay as they are
     recent, clock = [], time.perf_counter()
     with tqdm(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
         for step in bar:

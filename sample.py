@@ -5,14 +5,13 @@
     python sample.py sudoku puzzles.txt                      # a file of many, or standard input
     python sample.py countdown --show 35,27,20,42            # the denoising, loop by loop and step by step
     python sample.py sudoku --checkpoint runs/sudoku --steps 20 --tries 1 PUZZLE
-    python sample.py sudoku --data puzzles.csv --steps 1,5,20,81 --by level       # accuracy on a file
+    python sample.py sudoku --data puzzles.csv --steps 1,5,20,81    # accuracy on a file
 
 A Sudoku is 81 digits with blanks as 0 . _ or *, on one line or as a drawn grid. Exit code: 0 if every answer
 is right, 1 if one is not, 2 if the input is bad.
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -22,14 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rmdm
 import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput
 
-# What a task brings: CHARS, LINE, SCORE, AGAIN, parse, read_file, start, score, check, evaluate, name, draw.
+# What a task brings: CHARS, LINE, SCORE, AGAIN, parse, read_file, start, judge, check, evaluate, name, draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 WEIGHTS = {81: "sudoku-long.pt", 4: "countdown-3.pt", 5: "countdown-4.pt"}  # by the length of a problem
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
@@ -51,18 +49,11 @@ def read(task, arguments):
     """The problems named on the command line, in a file, or on standard input: an array, one a row."""
     text, where = " ".join(arguments), ""
     if not arguments or text == "-":
-        where, text = "standard input", sys.stdin and sys.stdin.buffer.read()
-        if text is None:
-            raise BadInput("standard input is closed: name a problem or a file")
+        where, text = "standard input", sys.stdin.buffer.read().decode("utf-8-sig", "replace")
     elif os.path.isfile(text):
-        where, text = text, Path(text).read_bytes()
+        where, text = text, Path(text).read_text("utf-8-sig", "replace")
     elif re.search(r"[A-Za-z/\\]", text):
         raise BadInput(f"{text[:80]}: neither a problem nor a file")
-    if where:
-        try:
-            text = text.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise BadInput(f"{where}: not a text file") from None
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
     if not where or not any(len(line.strip()) >= task.LINE for _, line in lines):
         return task.parse("\n".join(line for _, line in lines))[None]  # one, maybe drawn over many lines
@@ -126,7 +117,7 @@ def solve(task, model, problems, show, **how):
     right, began = 0, time.perf_counter()
     for some in np.array_split(problems, range(100, len(problems), 100)):
         x, editable = task.start(model, some)
-        out = rmdm.sample_all(model, x, editable, lambda i, x: task.score(some[i.tolist()], x), trace=show, **how)
+        out = rmdm.sample_all(model, x, editable, lambda i, x: task.judge(some[i.tolist()], x), trace=show, **how)
         for n, answer in enumerate(out.x.cpu().numpy()):
             if show:
                 show_loops(task, model, x[n], editable[n], how["loops"] or model.config.loops)
@@ -145,31 +136,7 @@ def solve(task, model, problems, show, **how):
     return right == len(problems)
 
 
-# ---- measure ----
-
-
-def measure(task, model, path, by, **how):
-    """Scores over a file, in constant memory: {group: scores} for each value of column `by`, then None for all."""
-    sums, rows = {}, task.read_file(path, by)
-    with tqdm(desc=f"{path}, T={how['steps']}", unit=" problems", leave=False) as bar:
-        while some := list(itertools.islice(rows, 1000)):
-            problems, solutions, labels = (np.array(part) for part in zip(*some))
-            for label in np.unique(labels):
-                score = task.evaluate(model, problems[labels == label], solutions[labels == label], **how)
-                n = score.pop("n")
-                for group in {None if by is None else str(label), None}:
-                    old = sums.setdefault(group, dict.fromkeys(score, 0) | dict(n=0))
-                    for key, value in score.items():  # an unknown score stays unknown
-                        weighted = None if None in (value, old[key]) else value * (1 if key == "seconds" else n)
-                        old[key] = None if weighted is None else old[key] + weighted
-                    old["n"] += n
-                bar.update(n)
-    sums = sums | {None: sums.pop(None)}  # last
-    whole = ("n", "seconds")
-    return {
-        group: {key: x if key in whole or x is None else x / score["n"] for key, x in score.items()}
-        for group, score in sums.items()
-    }
+# ---- the command ----
 
 
 def load(args, problem):
@@ -200,8 +167,7 @@ def main():
     add("--tries", type=int, help="try again what the rules refuse; default: 32 (1 with --data)")
     add("--noise", type=float, help="on h^0, in all tries but the first; default: 0.2 (Countdown: 0)")
     add("--seed", type=int, default=0, help="of all that is random")
-    add("--data", metavar="FILE", nargs="+", action="extend", help="measure on these files instead")
-    add("--by", metavar="COLUMN", help="with --data: also by the values of this column")
+    add("--data", metavar="FILE", help="measure on this file instead")
     add("--json", action="store_true", help="with --data: one JSON object a line")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     args = parser.parse_intermixed_args()
@@ -211,37 +177,39 @@ def main():
     if not 0 <= args.seed < 2**32 or not 0 <= (args.noise or 0) < float("inf"):
         raise BadInput("--seed is from 0 to below 2**32, --noise at least 0")
     steps = [int(T) for T in args.steps.split(",")] if args.steps else []
-    if not args.data:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
+    if args.data is None:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
         args.tries = 32 if args.tries is None else args.tries
         args.threshold = 0.99 if args.threshold is None and args.order != "ancestral" else args.threshold
     how = {name: getattr(args, name) for name in ("loops", "eps", "order", "threshold", "temperature")}
     how |= dict(tries=1 if args.tries is None else args.tries)
     how["again"] = task.AGAIN | ({} if args.noise is None else dict(noise=args.noise))
-    seeded = dict(generator=torch.Generator(args.device).manual_seed(args.seed))
-    if not args.data:
-        if args.by is not None or args.json or len(steps) > 1:
-            raise BadInput("--by, --json and several --steps need --data")
+    generator = torch.Generator(args.device)
+    if args.data is None:
+        if args.json or len(steps) > 1:
+            raise BadInput("--json and several --steps need --data")
         problems = read(task, args.problem)
         _, model = load(args, problems[0])
         steps = steps[0] if steps else len(model.config.coords)
-        return 0 if solve(task, model, problems, args.show, steps=steps, **how, **seeded) else 1
+        how |= dict(steps=steps, generator=generator.manual_seed(args.seed))
+        return 0 if solve(task, model, problems, args.show, **how) else 1
     if args.problem or args.show:
         raise BadInput("--data takes no problem and no --show")
-    for path in args.data:
-        if (first := next(task.read_file(path), None)) is None:
-            raise BadInput(f"{path}: no problem in it")
-        checkpoint, model = load(args, first[0])
-        for T in steps or [len(model.config.coords)]:
-            for group, score in measure(task, model, path, args.by, steps=T, **how, **seeded).items():
-                about = dict(file=path, group=group, checkpoint=str(checkpoint), steps=T)
-                about |= how | dict(loops=how["loops"] or model.config.loops, max_tries=how["tries"]) | score
-                if args.json:
-                    print(json.dumps(about, default=lambda f: f.__name__), flush=True)
-                    continue
-                keys = [key for key in (task.SCORE, "valid", "first", "cell") if score.get(key) is not None]
-                shares = [f"{key} {100 * score[key]:.1f}%" for key in keys]
-                cost = f"tries {score['tries']:.2f}  nfe {score['nfe']:.1f}  {score['seconds']:.1f} s"
-                print("  ".join([path, group or "all", f"T={T}", f"n={score['n']}", *shares, cost]), flush=True)
+    rows = list(task.read_file(args.data))
+    if not rows:
+        raise BadInput(f"{args.data}: no problem in it")
+    problems, solutions = (np.array(part) for part in zip(*rows))
+    checkpoint, model = load(args, problems[0])
+    for T in steps or [len(model.config.coords)]:  # for each the generator anew: no score depends on another
+        score = task.evaluate(model, problems, solutions, steps=T, generator=generator.manual_seed(args.seed), **how)
+        about = dict(file=args.data, checkpoint=str(checkpoint), steps=T) | how
+        about |= dict(loops=args.loops or model.config.loops, max_tries=how["tries"]) | score
+        if args.json:
+            print(json.dumps(about, default=lambda f: f.__name__), flush=True)
+            continue
+        keys = [key for key in (task.SCORE, "valid", "within_1", "cell") if score.get(key) is not None]
+        shares = [f"{key} {100 * score[key]:.1f}%" for key in keys]
+        cost = f"tries {score['tries']:.2f}  nfe {score['nfe']:.1f}  {score['seconds']:.1f} s"
+        print("  ".join([args.data, f"T={T}", f"n={score['n']}", *shares, cost]), flush=True)
 
 
 if __name__ == "__main__":

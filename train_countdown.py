@@ -39,6 +39,8 @@ import rmdm
 from rmdm import MASK, BadInput
 
 LOW, HIGH, TOP = 10, 100, 99  # targets from LOW to HIGH, operands from 1 to TOP
+OPS = "+-*/"
+EQUATION = re.compile("N([-+*/])N=N".replace("N", "(0|[1-9][0-9]{0,8})"))
 
 # ---- 1. Rules ----
 
@@ -79,9 +81,6 @@ def check_text(problem, answer):
         return f"number left over: {', '.join(map(str, left[:-1]))}"
     return None if left == [target] else f"wrong target: {left[0]}, not {target}"
 
-
-OPS = "+-*/"
-EQUATION = re.compile("N([-+*/])N=N".replace("N", "(0|[1-9][0-9]{0,8})"))
 
 # ---- 2. Generator: all solutions of many problems at once ----
 # A path is a solution's number: at each step, which pair of the values so far, and which of + - * /.
@@ -208,12 +207,10 @@ def template(n):
     return parts
 
 
-def coords(n):
-    """(N, 3) coordinates for rmdm.Config: equation, role in it, and place of the digit from the right."""
-    return tuple((k, role, place) for _, width, k, role in template(n) for place in reversed(range(width)))
-
-
-COORDS = {n: coords(n) for n in (3, 4, 5)}
+COORDS = {  # for rmdm.Config, (N, 3): equation, role in it, and place of the digit from the right
+    n: tuple((k, role, place) for _, width, k, role in template(n) for place in reversed(range(width)))
+    for n in (3, 4, 5)
+}
 OPERANDS = {len(table): n for n, table in COORDS.items()}  # N -> n: the length of a sequence tells
 
 
@@ -262,12 +259,12 @@ def name(i, N):
 # ---- 4. Published files ----
 
 
-def read_file(path, label=None):
-    """Yield (problem (n+1,), equations (n-1, 4), label) for each row of a jsonl file.
+def read_file(path):
+    """Yield (problem (n+1,), equations (n-1, 4)) for each row of a jsonl file.
 
     A row is {"input": "87,29,32,96", "output": "87/29=3,32*3=96"}, with any solution, or
-    {"input": "87,29,32", "output": "96"}, for which the equations are all 0; `label` names a field to hand
-    through. Raises BadInput with the number of a bad line."""
+    {"input": "87,29,32", "output": "96"}, for which the equations are all 0. Raises BadInput with the number
+    of a bad line."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
     operands = None
@@ -283,12 +280,11 @@ def read_file(path, label=None):
                 operands = operands or len(problem)
                 if operands != len(problem):
                     raise BadInput("another number of operands than in the lines before")
-                found = problem, read_answer(problem, answer), "" if label is None else str(row[label])
+                found = problem, read_answer(problem, answer)
             except BadInput as e:
                 raise BadInput(f"{path}, line {number}: {e}") from None
             except (ValueError, TypeError, KeyError, RecursionError):
-                wanted = ", ".join(["input", "output"] + [label] * (label is not None))
-                raise BadInput(f"{path}, line {number}: not a JSON object with {wanted}") from None
+                raise BadInput(f"{path}, line {number}: not a JSON object with input, output") from None
             yield found
 
 
@@ -297,7 +293,7 @@ def read_answer(problem, answer):
     equations = np.zeros((len(problem) - 2, 4), int)
     if answer and (wrong := check_text(problem, answer)):
         raise BadInput(f"the solution is wrong, {wrong}")
-    for k, (a, op, b, c) in enumerate(re.findall("([0-9]+)(.)([0-9]+)=([0-9]+)", answer)):
+    for k, (a, op, b, c) in enumerate(EQUATION.findall(answer)):
         a, op, b = int(a), OPS.index(op), int(b)
         if a < b:  # of a sum or product, or 0/b=0, which is b*0=0
             a, op, b = b, 2 if op == 3 else op, a
@@ -327,8 +323,6 @@ def start(model, problems):
     """Problems (P, n+1) -> tokens (P, N) int64 on the model's device, the answer MASKed, and `editable` (P, N).
     Raises BadInput if the model is for another number of operands."""
     n, N, device = problems.shape[1] - 1, len(model.config.coords), next(model.parameters()).device
-    if N not in OPERANDS or model.config.vocab != len(CHARS):
-        raise BadInput("the model is not one for Countdown")
     if n != OPERANDS[N]:
         raise BadInput(f"the model is for {OPERANDS[N]} operands, not {n}")
     x = encode(problems, np.zeros((len(problems), n - 1, 4), int))
@@ -341,19 +335,19 @@ def check(problem, tokens):
     return check_text(problem, decode(tokens))
 
 
-def score(problems, x):
-    """For the restarts of rmdm.sample_all: 1 for a right answer, else 0."""
-    return np.array([check(problem, tokens) is None for problem, tokens in zip(problems, x.tolist())], float)
+def judge(problems, x):
+    """For the restarts of rmdm.sample_all: which of the answers x (n, N) solve problems (n, n+1), (n,) bool."""
+    return np.array([check(problem, tokens) is None for problem, tokens in zip(problems, x.tolist())])
 
 
 def evaluate(model, problems, equations=None, **how):
     """Solve problems (P, n+1) with rmdm.sample_all(**how) and check the answers. Returns a dict of means: `solved`;
     those of Filled.scores; and n and `seconds` in all. `equations` are not used: any solution counts."""
     began = time.perf_counter()
-    out = rmdm.sample_all(model, *start(model, problems), lambda i, x: score(problems[i.tolist()], x), **how)
-    solved = score(problems, out.x)
-    scores = out.scores(solved == 1)
-    return dict(n=len(problems), solved=solved.mean().item(), **scores, seconds=time.perf_counter() - began)
+    out = rmdm.sample_all(model, *start(model, problems), lambda i, x: judge(problems[i.tolist()], x), **how)
+    solved = judge(problems, out.x)
+    seconds = time.perf_counter() - began
+    return dict(n=len(problems), solved=solved.mean().item(), **out.scores(solved), seconds=seconds)
 
 
 # ---- 6. The command ----
@@ -383,7 +377,7 @@ def main():
     add("--preset", choices=presets(3), help="default: short; of four or more operands long; paper: the paper's form")
     add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
-    add("--problems", type=int, help="about so many to train on (default: by the preset, what a run sees)")
+    add("--problems", type=int, help="about so many to train on (default: 500000, or 2000000 if four operands, long)")
     add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
     add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
@@ -391,18 +385,20 @@ def main():
     add("--resume", action="store_true", help="go on with the run in that folder; other options as before")
     args = parser.parse_args()
     device, N = rmdm.pick_device(args.device), len(COORDS[args.numbers])
-    *preset, problems = presets(args.numbers)[args.preset or ("short" if args.numbers == 3 else "long")]
-    config, training = rmdm.override(args.set, *preset)
-    training, args.problems = replace(training, seed=args.seed), problems if args.problems is None else args.problems
-    if not 1 <= args.problems <= 10**9:
+    config, training, count = presets(args.numbers)[args.preset or ("short" if args.numbers == 3 else "long")]
+    config, training = rmdm.override(args.set, config, replace(training, seed=args.seed))
+    count = count if args.problems is None else args.problems
+    if not 1 <= count <= 10**9:
         raise BadInput("--problems is from 1 to a billion")
+    about = dict(task="countdown", numbers=args.numbers, seed=args.seed, data=args.data, problems=count)
+    rmdm.begin(args.out, config, training, about, args.resume)
     if args.data is not None:
-        rows = list(itertools.islice(read_file(args.data), args.problems))
-        problems, equations = (np.array(part) for part in (list(zip(*rows)) or [[], []])[:2])
-        if len(rows) < 100 or not equations.any((1, 2)).all() or problems.shape[1] != args.numbers + 1:
+        rows = list(itertools.islice(read_file(args.data), count))
+        if len(rows) < 100 or not all(solution.any() for _, solution in rows) or len(rows[0][0]) != args.numbers + 1:
             raise BadInput(f"{args.data}: training needs 100 problems or more, with solutions, --numbers of operands")
+        problems, equations = (np.array(part) for part in zip(*rows))
     else:
-        problems, equations = generate(args.numbers, args.problems, args.seed)
+        problems, equations = generate(args.numbers, count, args.seed)
     seen, *tests = split(problems, equations, args.seed)
     tests = {key: test for key, test in zip(("held-out operands", "held-out targets"), tests) if len(test[0])}
     if not len(seen[0]) or "held-out operands" not in tests:
@@ -418,7 +414,6 @@ def main():
 
     torch.manual_seed(args.seed)
     model = rmdm.RMDM(config).to(device)
-    about = dict(task="countdown", numbers=args.numbers, data=args.data, problems=args.problems)
     model = rmdm.train(model, training, batches(*seen, device), monitor, args.out, about, args.resume)
     for key, (test, _) in tests.items():
         print(f"solved, % of {len(test)} problems with {key}, by loops L and steps T")

@@ -5,7 +5,7 @@
     python train_sudoku.py --preset long                # the stronger model, in an hour and a half
     python train_sudoku.py --paper                      # the paper's form: nothing of ours
     python train_sudoku.py --data sudoku.csv            # trains on a published file, not generated puzzles
-    python train_sudoku.py --set width=128 steps=3000   # any field of rmdm.Config and rmdm.TrainConfig
+    python train_sudoku.py --set width=128 steps=3000   # fields of rmdm.Config and rmdm.TrainConfig
 
 A board is 81 tokens, row by row: the digits are their own ids and a blank is MASK = 0, so that
 
@@ -52,7 +52,7 @@ def parse(text):
     if wrong:
         raise BadInput(f"{wrong[0]!r} at cell {wrong.start() + 1} is neither a digit nor a blank (0 . _ *)")
     if len(text) != 81:
-        raise BadInput(f"a puzzle has 81 cells, this one {len(text)}")
+        raise BadInput(f"a puzzle has 81 cells, this one {len(text)}" + " (several? one a line)" * (len(text) > 161))
     board = np.frombuffer(re.sub("[._*]", "0", text).encode(), np.uint8) - 48
     if (broken := conflict(board)) is not None:
         raise BadInput(broken)
@@ -67,14 +67,10 @@ def conflict(board):
             return f"{('row', 'column', 'box')[u // 9]} {u % 9 + 1} has the digit {counts.argmax() + 1} twice"
 
 
-def valid(boards):
-    """(n, 81) -> (n,) bool: all nine digits in every row, column and box."""
-    return (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
-
-
 def accept(puzzles, boards):
     """Whether boards (n, 81) solve puzzles (n, 81), (n,) bool: all nine digits in every unit, no clue changed."""
-    return valid(boards) & ((puzzles == MASK) | (puzzles == boards)).all(1)
+    full = (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
+    return full & ((puzzles == MASK) | (puzzles == boards)).all(1)
 
 
 def check(puzzle, board):
@@ -184,7 +180,7 @@ def generate(n, seed):
 
 def fingerprint(grids):
     """Full grids (n, 81) -> n keys that no symmetry of Sudoku changes, for telling grids apart up to all of
-    `augment`: how often the permutation that takes one row (or column) to another, done 2, 3 and 4 times, leaves a
+    `symmetry`: how often the permutation that takes one row (or column) to another, done 2, 3 and 4 times, leaves a
     digit in place, for all pairs of rows (or columns), sorted. Few other grids share a key."""
     sides = []
     for lines in (grids.reshape(-1, 9, 9), grids.reshape(-1, 9, 9).transpose(0, 2, 1)):
@@ -216,12 +212,9 @@ def generated(n, seed, folder="data"):
         path.parent.mkdir(parents=True, exist_ok=True)
         rmdm.save(path, torch.from_numpy(np.stack(generate(n, seed))))
     try:
-        puzzles, solutions = rmdm.read(path).reshape(2, n, 81).numpy()
-        if not accept(puzzles, solutions).all():
-            raise BadInput(f"{path}: holds other things than puzzles")
-    except (BadInput, AttributeError, RuntimeError, TypeError) as e:
+        return tuple(rmdm.read(path).numpy())
+    except BadInput as e:
         raise BadInput(f"{e}; delete the file, and it is made again") from None
-    return puzzles, solutions
 
 
 # ---- 3. Published files ----
@@ -229,15 +222,15 @@ def generated(n, seed, folder="data"):
 PUZZLE, SOLUTION = ("puzzle", "quizzes", "question"), ("solution", "solutions", "answer")  # names of columns
 
 
-def read_file(path, label=None):
-    """Yield (puzzle (81,), solution (81,), label) for each row of a file.
+def read_file(path):
+    """Yield (puzzle (81,), solution (81,)) for each row of a file.
 
     Reads csv with a header, Kaggle 1M (quizzes,solutions) and 3M (puzzle,solution, ..), sudoku-extreme (question,
-    answer, ..), and rows without one: a puzzle of 81 characters and, maybe, its solution. `label` names a column to
-    hand through. A solution that the file lacks is all MASK. Raises BadInput with the number of a bad line."""
+    answer, ..), and rows without one: a puzzle of 81 characters and, maybe, its solution. A solution that the file
+    lacks is all MASK. Raises BadInput with the number of a bad line."""
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
-    columns, known = {}, dict(puzzle=PUZZLE, solution=SOLUTION, label=(label,))
+    columns, known = {}, dict(puzzle=PUZZLE, solution=SOLUTION)
     with open(path, encoding="utf-8-sig", errors="replace") as f:
         for number, line in enumerate(f, 1):
             if not line.strip() or line.startswith("#"):
@@ -248,8 +241,8 @@ def read_file(path, label=None):
                     columns = {kind: i for kind, names in known.items() for i, x in enumerate(row) if x in names}
                     header, width = bool(columns), len(row)
                     columns = columns or dict(zip(("puzzle", "solution"), range(width)))
-                    if missing := {"puzzle", "label" if label is not None else "puzzle"} - columns.keys():
-                        raise BadInput(f"no column called {' or '.join(map(str, known[missing.pop()]))}")
+                    if "puzzle" not in columns:
+                        raise BadInput(f"no column called {' or '.join(PUZZLE)}")
                     if header:
                         continue
                 if len(row) != width:
@@ -261,7 +254,7 @@ def read_file(path, label=None):
                         raise BadInput(f"the solution is wrong: {wrong}")
             except (BadInput, csv.Error) as e:
                 raise BadInput(f"{path}, line {number}: {e}") from None
-            yield puzzle, solution, row[columns["label"]] if "label" in columns else ""
+            yield puzzle, solution
 
 
 # ---- 4. Training batches and evaluation ----
@@ -285,19 +278,14 @@ def symmetry(n, generator=None, device=None):
 AGAIN = dict(noise=0.2, symmetry=symmetry)  # in further tries, eq. (8)
 
 
-def augment(boards, generator=None):
-    """Boards (k, B, 81) under a random symmetry for each of B, the same for all k. On any device."""
-    drawn = symmetry(boards.shape[1], generator, boards.device)
-    return torch.stack([rmdm.picture(x, *drawn) for x in boards])
-
-
 def batches(puzzles, solutions, device):
     """The `batch` function that rmdm.train asks for: random puzzles under random symmetries."""
     boards = torch.from_numpy(np.stack([puzzles, solutions])).to(device)  # uint8: small on the device
 
     def batch(n, generator):
         i = torch.randint(boards.shape[1], (n,), generator=generator, device=device)
-        puzzle, x0 = augment(boards[:, i].long(), generator)
+        drawn = symmetry(n, generator, device)
+        puzzle, x0 = (rmdm.picture(x, *drawn) for x in boards[:, i].long())
         return x0, puzzle == MASK
 
     return batch
@@ -305,17 +293,13 @@ def batches(puzzles, solutions, device):
 
 def start(model, puzzles):
     """Puzzles (n, 81) -> tokens (n, 81) int64 on the model's device, and `editable`, True = blank."""
-    if (model.config.vocab, len(model.config.coords)) != (10, 81):
-        raise BadInput("the model is not one for Sudoku")
     x = torch.from_numpy(puzzles).long().to(next(model.parameters()).device)
     return x, x == MASK
 
 
-def score(puzzles, x):
-    """For the restarts of rmdm.sample_all: the share of units with nine digits; 1 for a solution, and only for it."""
-    boards = x.cpu().numpy()
-    full = (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all(2).mean(1)
-    return np.where(accept(puzzles, boards), 1.0, full.clip(max=0.99))
+def judge(puzzles, x):
+    """For the restarts of rmdm.sample_all: which of the answers x (n, 81) solve puzzles (n, 81), (n,) bool."""
+    return accept(puzzles, x.cpu().numpy())
 
 
 def evaluate(model, puzzles, solutions, **how):
@@ -323,7 +307,7 @@ def evaluate(model, puzzles, solutions, **how):
     `cell`, the share of the blanks that is right, both None without solutions; `valid`, rules and clues hold; those of
     Filled.scores; and n and `seconds` in all."""
     began, blank = time.perf_counter(), puzzles == MASK
-    out = rmdm.sample_all(model, *start(model, puzzles), lambda i, x: score(puzzles[i.tolist()], x), **how)
+    out = rmdm.sample_all(model, *start(model, puzzles), lambda i, x: judge(puzzles[i.tolist()], x), **how)
     boards = out.x.cpu().numpy()
     right, good = boards == solutions, accept(puzzles, boards)
     known = (solutions != MASK).all()
@@ -340,7 +324,7 @@ def evaluate(model, puzzles, solutions, **how):
 # ---- 5. The command ----
 
 OURS = rmdm.Config(10, COORDS, loops=16, inject=True, coord_bias=True)
-PRESETS = {  # the model, the training and the number of puzzles; each chosen by measurement, see evidence/
+PRESETS = {  # the model, the training and the number of puzzles; short and long chosen by measurement, see evidence/
     "short": (OURS, rmdm.TrainConfig(steps=4400, grad_loops=8, carry=64), 10_000),  # 11 minutes of one core
     "long": (replace(OURS, width=128, heads=4), rmdm.TrainConfig(steps=18_000, grad_loops=8, carry=64), 50_000),  # 90
     "paper": (rmdm.Config(10, 81, loops=8, time=True), rmdm.TrainConfig(steps=6500, muon=False, lr_rest=1e-3), 10_000),
@@ -364,31 +348,31 @@ def main():
     add("--resume", action="store_true", help="go on with the run in that folder; other options as before")
     args = parser.parse_args()
     device = rmdm.pick_device(args.device)
-    *preset, puzzles = PRESETS[args.preset or ("long" if device.type == "cuda" else "short")]
-    config, training = rmdm.override(args.set, *preset)
-    training, args.puzzles = replace(training, seed=args.seed), puzzles if args.puzzles is None else args.puzzles
-    n = args.puzzles + HELD_OUT
-    if not 1 <= args.puzzles <= 10**9:
+    config, training, count = PRESETS[args.preset or ("long" if device.type == "cuda" else "short")]
+    config, training = rmdm.override(args.set, config, replace(training, seed=args.seed))
+    count = count if args.puzzles is None else args.puzzles
+    if not 1 <= count <= 10**9:
         raise BadInput("--puzzles is from 1 to a billion")
+    about = dict(task="sudoku", seed=args.seed, data=args.data, puzzles=count)
+    rmdm.begin(args.out, config, training, about, args.resume)
     if args.data is not None:
-        rows = list(itertools.islice(read_file(args.data), n))
-        if len(rows) <= HELD_OUT or not all(solution.all() for _, solution, _ in rows):
+        rows = list(itertools.islice(read_file(args.data), count + HELD_OUT))
+        if len(rows) <= HELD_OUT or not all(solution.all() for _, solution in rows):
             raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles, with solutions")
-        puzzles, solutions = (np.array(part) for part in list(zip(*rows))[:2])
+        puzzles, solutions = (np.array(part) for part in zip(*rows))
     else:
-        puzzles, solutions = generated(n, args.seed)
+        puzzles, solutions = generated(count + HELD_OUT, args.seed)
     seen, test = split(puzzles, solutions, HELD_OUT)
     few = [part[:128] for part in test]
     x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
 
-    def check(model):
+    def monitor(model):
         bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean().item()
         return dict(nelbo=bound) | {f"exact_T{T}": evaluate(model, *few, steps=T)["exact"] for T in (1, 20)}
 
     torch.manual_seed(args.seed)
     model = rmdm.RMDM(config).to(device)
-    about = dict(task="sudoku", data=args.data, puzzles=args.puzzles)
-    model = rmdm.train(model, training, batches(*seen, device), check, args.out, about, args.resume)
+    model = rmdm.train(model, training, batches(*seen, device), monitor, args.out, about, args.resume)
     print(f"exact, % of {HELD_OUT} held-out puzzles, by loops L and steps T; the last with threshold 0.99")
     for L in (config.loops, 2 * config.loops):
         hows = [(T, dict(steps=T, threshold=0.99 if T == 81 else None, loops=L)) for T in (1, 5, 20, 81)]

@@ -1,9 +1,9 @@
 """Whom do masked positions attend to? Shares of their attention after each loop, beside those of uniform attention.
 
-    python evidence/attention.py sudoku weights/sudoku-short.pt RUN ..      # weights or runs, all of one --seed
+    python evidence/attention.py sudoku weights/sudoku-short.pt RUN ..      # weights or runs, all of one seed
     python evidence/attention.py countdown weights/countdown-3.pt RUN ..
 
-The problems are those that the training with this seed held out. Prints a JSON line for each checkpoint, t and loop:
+The problems are those that the training of the first held out. Prints a JSON line for each checkpoint, t and loop:
 the share of attention, in the mean over masked queries, heads and layers, that goes to
 
     masked       other masked positions
@@ -82,17 +82,16 @@ def main():
     )
     parser.add_argument("task", choices=("sudoku", "countdown"))
     parser.add_argument("checkpoints", nargs="+", metavar="FILE_OR_RUN")
-    parser.add_argument("--seed", type=int, default=0, help="of their training (default: %(default)s)")
     args = parser.parse_args()
     sudoku, coords = args.task == "sudoku", torch.tensor(train_sudoku.COORDS)
     task = train_sudoku if sudoku else train_countdown
     unit = (coords == coords[:, None]).any(-1) if sudoku else None
     models = {checkpoint: rmdm.load(checkpoint, task=args.task) for checkpoint in args.checkpoints}
-    problems, solutions = held_out(task, next(iter(models.values())), args.seed)
+    problems, solutions = held_out(next(iter(models.values())))[0]
     x0 = torch.from_numpy(solutions if sudoku else task.encode(problems, solutions)).long()
     for checkpoint, model in models.items():
         _, editable = task.start(model, problems)
-        about = dict(task=args.task, checkpoint=checkpoint, seed=args.seed, n=len(x0))
+        about = dict(task=args.task, checkpoint=checkpoint, seed=model.about["seed"], n=len(x0))
         about |= {key: getattr(model.config, key) for key in FORM}
         for share in SHARES:
             t = rmdm.alpha_inverse(torch.full((len(x0),), 1 - share))

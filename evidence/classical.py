@@ -58,7 +58,7 @@ def main():
     )
     parser.add_argument("files", metavar="FILE", nargs="+")
     for path in parser.parse_args().files:
-        puzzles = np.array([puzzle for puzzle, _, _ in read_file(path)])
+        puzzles = np.array([puzzle for puzzle, _ in read_file(path)])
         if not len(puzzles):
             raise rmdm.BadInput(f"{path}: no puzzle in it")
         c = np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)

@@ -1,9 +1,9 @@
 """What goes wrong in Countdown: search or arithmetic? First mistakes by kind, and whether answers begin well.
 
-    python evidence/mistakes.py weights/countdown-3.pt              # weights or a run, of that --seed
+    python evidence/mistakes.py weights/countdown-3.pt              # weights or a run
     python evidence/mistakes.py RUN --data countdown_cd3.jsonl      # the problems of a file
 
-Without --data the problems are those that the training with this seed held out. Prints one JSON object for each set
+Without --data the problems are those that the training held out. Prints one JSON object for each set
 of problems, with shares of all answers: `solved`; `begins well`, the left side of the first equation is that of a
 solution, whatever result is written behind it; and each kind of first mistake.
 """
@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from noise import held_out
+
 import rmdm
-from train_countdown import OPERANDS, OPS, calculate, check_text, decode, generate, read_file, split, start
+from train_countdown import OPS, calculate, check_text, decode, read_file, start
 
 SIDE = re.compile("N([-+*/])N=".replace("N", "(0|[1-9][0-9]{0,8})"))  # the left side of an equation
 
@@ -66,17 +68,15 @@ def main():
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", metavar="FILE_OR_RUN")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument("--data", metavar="FILE", help="take the problems from this file")
     parser.add_argument("--steps", type=int, metavar="T", help="denoising steps; default: one token a step")
     args = parser.parse_args()
     model = rmdm.load(args.checkpoint, task="countdown")
     N = len(model.config.coords)
     if args.data:
-        sets = {args.data: np.array([problem for problem, _, _ in read_file(args.data)])}
+        sets = {args.data: np.array([problem for problem, _ in read_file(args.data)])}
     else:
-        _, *tests = split(*generate(OPERANDS[N], 500_000, args.seed), args.seed)
-        sets = {f"held-out {key}": test for key, (test, _) in zip(("operands", "targets"), tests)}
+        sets = {f"held-out {key}": test for key, (test, _) in zip(("operands", "targets"), held_out(model))}
     for name, problems in sets.items():
         if not len(problems):
             raise rmdm.BadInput(f"{name}: no problem in it")

@@ -1,9 +1,9 @@
 """Where do the loops help? The cross-entropy after each loop, by the share of the answer that is masked.
 
-    python evidence/noise.py sudoku weights/sudoku-short.pt             # weights or a run, of that --seed
+    python evidence/noise.py sudoku weights/sudoku-short.pt             # weights or a run
     python evidence/noise.py countdown RUN --data problems.jsonl        # problems of a file, with solutions
 
-Without --data the problems are those that the training with this seed held out. Prints one JSON object, and a table
+Without --data the problems are those that the training held out. Prints one JSON object, and a table
 on standard error: a row a loop, a column a share t, nats a token that is masked on average. By eq. (3) the integral
 over t of a row's numbers, times the number of editable tokens, is the NELBO with so many loops.
 """
@@ -24,12 +24,16 @@ import train_sudoku
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
-def held_out(task, model, seed):
-    """The problems, with solutions, that the training of `model` with this seed tested on."""
-    if task is train_sudoku:
-        return task.split(*task.generated(model.about.get("puzzles", 10_000) + task.HELD_OUT, seed), task.HELD_OUT)[1]
-    numbers = task.OPERANDS[len(model.config.coords)]
-    return task.split(*task.generate(numbers, model.about.get("problems", 500_000), seed), seed)[1]
+def held_out(model):
+    """The sets of problems, with solutions, that the training of `model` tested on; the first is the main one."""
+    about = model.about
+    if about["data"] is not None:
+        raise rmdm.BadInput(f"trained on {about['data']}: what it held out is known for generated problems alone")
+    if about["task"] == "sudoku":
+        puzzles = train_sudoku.generated(about["puzzles"] + train_sudoku.HELD_OUT, about["seed"])
+        return train_sudoku.split(*puzzles, train_sudoku.HELD_OUT)[1:]
+    problems = train_countdown.generate(about["numbers"], about["problems"], about["seed"])
+    return train_countdown.split(*problems, about["seed"])[1:]
 
 
 def by_noise(model, x0, editable):
@@ -50,18 +54,17 @@ def main():
     )
     parser.add_argument("task", choices=("sudoku", "countdown"))
     parser.add_argument("checkpoint", metavar="FILE_OR_RUN")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     parser.add_argument("--data", metavar="FILE", help="take the problems from this file")
     args = parser.parse_args()
     task = {"sudoku": train_sudoku, "countdown": train_countdown}[args.task]
     model = rmdm.load(args.checkpoint, task=args.task)
     if args.data:
-        rows = [(problem, solution) for problem, solution, _ in task.read_file(args.data) if solution.any()]
+        rows = [row for row in task.read_file(args.data) if row[1].any()]
         if not rows:
             raise rmdm.BadInput(f"{args.data}: no problem with a solution in it")
         problems, solutions = (np.array(part) for part in zip(*rows))
     else:
-        problems, solutions = held_out(task, model, args.seed)
+        problems, solutions = held_out(model)[0]
     _, editable = task.start(model, problems)
     x0 = torch.from_numpy(solutions if task is train_sudoku else task.encode(problems, solutions)).long()
     nats = by_noise(model, x0, editable)

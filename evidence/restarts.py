@@ -92,10 +92,10 @@ def restart(task, model, given, generator, again=None, place=None, **how):
         for i in (solved == 0).nonzero()[:, 0].split(128):
             problem = given[i.numpy()]
             if again == "symmetry" and k:
-                problem = train_sudoku.augment(x[i][None], generator)[0].numpy()
+                problem = rmdm.picture(x[i], *train_sudoku.symmetry(len(i), generator)).numpy()
             begin, free = task.start(model, problem) if again != "remask" or not k else (x[i], editable[i])
             out = rmdm.sample(model, begin, free, generator=generator, **now)
-            nfe[i, k], right = out.nfe.float(), torch.from_numpy(task.score(problem, out.x) == 1)
+            nfe[i, k], right = out.nfe.float(), torch.from_numpy(task.judge(problem, out.x))
             solved[i[right]] = k + 1
             if again == "remask":
                 units = torch.from_numpy(train_sudoku.UNITS)
@@ -117,7 +117,7 @@ def without_checker(task, model, x, editable, given, loops, tries=8, batch=64):
             log_p = [torch.where(step["revealed"], step["sure"].clamp(min=1e-9).log(), 0.0) for step in out.trace]
             answers.append(out.x)
             likely.append(sum(log_p).sum(1))
-            right.append(task.score(given[part.numpy()], out.x) == 1)
+            right.append(task.judge(given[part.numpy()], out.x))
     answers, likely = torch.cat(answers).view(tries, *x.shape), torch.cat(likely).view(tries, -1)
     right = np.concatenate(right).reshape(tries, -1)
     votes = (answers[:, None] == answers[None]).all(-1).sum(0)  # (tries, n): how many tries agree with this one

@@ -28,7 +28,7 @@ class Plain(rmdm.RMDM):
     """An ordinary transformer, layers x loops layers deep, with the same read-offs."""
 
     def __init__(self, config):
-        super().__init__(replace(config, layers=config.layers * config.loops, loop_embedding=False, inject=False))
+        super().__init__(replace(config, layers=config.layers * config.loops, inject=False))
 
     def states(self, x_t, t, loops, *_, **__):
         h, K = self.encode(x_t, t), len(self.block) // loops

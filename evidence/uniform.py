@@ -131,7 +131,7 @@ def main():
     args, device, task = parser.parse_args(), rmdm.pick_device(), "sudoku-uniform"
     if args.data:
         model = rmdm.load(args.out, device, task)
-        rows = [row[:2] for row in sudoku.read_file(args.data) if row[1].all()]
+        rows = [row for row in sudoku.read_file(args.data) if row[1].all()]
         test = np.array(rows or sys.exit(f"{args.data}: no puzzle with a solution")).swapaxes(0, 1)
     else:
         seen, test = sudoku.split(*sudoku.generated(10_000 + sudoku.HELD_OUT, args.seed), sudoku.HELD_OUT)
