@@ -937,7 +937,8 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles):
         (T, 7, pytest.approx(1 / 7), pytest.approx(T * 12 / 7)) for T in (1, 2)]  # fmt: skip
     row = json.loads(cli(sample, *measure, "full.csv")[1])
     assert row["exact"] == row["valid"] == row["within_1"] == row["cell"] == 1 and row["nfe"] == 0
-    row = json.loads(cli(sample, *measure, "p.csv", "--steps", 1, "--loops", 9, "--eps", 99, "--tries", 3)[1])  # stops at once
+    at_once = ("p.csv", "--steps", 1, "--loops", 9, "--eps", 99, "--tries", 3)
+    row = json.loads(cli(sample, *measure, *at_once)[1])
     assert row["nfe"] == pytest.approx(3 * 6 / 7) and row["tries"] == pytest.approx(19 / 7) and row["max_tries"] == 3
     Path("many.csv").write_text("puzzle,solution\n" + "".join(map("{},{}\n".format, p[:12], s)) + "damaged\n")
     assert cli(sudoku, "--data", "many.csv", "--out", "b", *train)[0] == 0  # it takes what it needs, and no more
