@@ -98,9 +98,8 @@ def draw(cells):
 COUNT = np.array([bin(i).count("1") for i in range(512)], np.uint8)
 
 
-def deduce(c, hidden=True):
-    """One round of naked and (unless told not to) hidden singles: (new c, (n,) bool False where a unit has no
-    place for a digit)."""
+def deduce(c):
+    """One round of naked and hidden singles: (new c, (n,) bool False where a unit has no place for a digit)."""
     single = np.where(c & (c - np.uint16(1)), np.uint16(0), c)
     fixed = np.bitwise_or.reduce(single[UNITS], axis=1)
     c = np.where(single, c, c & ~(fixed[ROW] | fixed[9 + COL] | fixed[18 + BOX]))
@@ -109,11 +108,9 @@ def deduce(c, hidden=True):
     for i in range(1, 9):
         twice |= once & units[:, i]
         once |= units[:, i]
-    if hidden:
-        only = once & ~twice
-        only = c & (only[ROW] | only[9 + COL] | only[18 + BOX])
-        c = np.where(only, only, c)
-    return c, (once == 511).all(0)
+    only = once & ~twice
+    only = c & (only[ROW] | only[9 + COL] | only[18 + BOX])
+    return np.where(only, only, c), (once == 511).all(0)
 
 
 def fill(n, rng):

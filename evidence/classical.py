@@ -2,8 +2,8 @@
 
     python evidence/classical.py FILE ..
 
-Prints one JSON object a file: the shares that naked singles solve, that naked and hidden singles solve, and that a
-depth-first search solves, and the guesses of the search.
+Prints one JSON object a file: the share that naked and hidden singles solve, the share that a depth-first search
+solves, and the guesses of the search.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import rmdm
 from train_sudoku import COUNT, deduce, read_file
 
 
-def singles(c, hidden):
-    """Whether singles alone solve the boards c (81, n), candidate sets as in train_sudoku: (n,) bool."""
+def singles(c):
+    """Whether naked and hidden singles solve the boards c (81, n), candidate sets as in train_sudoku: (n,) bool."""
     old = None
     while not np.array_equal(old, c):
-        old, (c, _) = c, deduce(c, hidden)
+        old, (c, _) = c, deduce(c)
     return (COUNT[c] == 1).all(0)
 
 
@@ -63,8 +63,7 @@ def main():
             raise rmdm.BadInput(f"{path}: no puzzle in it")
         c = np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)
         solved, guesses = depth_first(c)
-        facts = {"file": path, "n": len(puzzles), "naked singles": singles(c, False).mean()}
-        facts |= {"naked and hidden singles": singles(c, True).mean(), "search": solved.mean()}
+        facts = {"file": path, "n": len(puzzles), "singles": singles(c).mean(), "search": solved.mean()}
         facts |= {"guesses, median": np.median(guesses), "mean": guesses.mean(), "most": int(guesses.max())}
         print(json.dumps(facts), flush=True)
 
