@@ -482,7 +482,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2
     todo, right = torch.arange(len(x), device=x.device), torch.zeros_like(x[:, 0], dtype=torch.bool)
     passes, count, nfe = *x.new_zeros(2, len(x)), x.new_zeros(len(x), tries)
     answer, traces = x.clone(), [[] for _ in x]
-    bar = tqdm(total=len(x), desc="solved", unit=" problems", leave=False, delay=5)  # delay: of long work alone
+    bar = tqdm(total=len(x), desc="solved", unit="problem", leave=False, delay=5)  # delay: of long work alone
     for k in range(tries):
         now = how | (again if k else {})
         symmetry = now.pop("symmetry", None)

@@ -36,10 +36,9 @@ def lines(path):
 
 
 def scores(path):
-    """The rows of a NAME-seed*-eval.jsonl, with `file` as we name it, `name`, that of the log, and `whole`: not of a
-    part of the file. The group of all was "all" and is null."""
+    """The rows of a NAME-seed*-eval.jsonl, with `file` as we name it and `name`, that of the log."""
     how = dict(name=path.name.split("-seed")[0], checkpoint="", eps=0.0)
-    return [how | row | dict(whole=row["group"] in (None, "all"), file=set_name(row["file"])) for row in lines(path)]
+    return [how | row | dict(file=set_name(row["file"])) for row in lines(path)]
 
 
 def set_name(path):
@@ -69,9 +68,7 @@ def runs(name):
                 logs.append({})
             logs[-1][row["step"]] = row  # after a resume steps come again: the last entry counts
         for row in scores(path.with_name(f"{path.stem}-eval.jsonl")):
-            at.setdefault(row["checkpoint"], {})
-            if row["whole"]:
-                at[row["checkpoint"]][row["file"], row["steps"]] = row
+            at.setdefault(row["checkpoint"], {})[row["file"], row["steps"]] = row
         texts = text.read_text().split("\npreset ") if text.exists() else [""] * len(logs)
         models = zip(logs, texts, at.items() or [("", {})] * len(logs), strict=True)
         models = [(settings(log[0]), log[max(log)], text, *scored) for log, text, scored in models]
@@ -105,7 +102,7 @@ def compare(found, columns, first="K x L", label=lambda model: shape(model)):
     return table((first, *columns), rows)
 
 
-def pivot(names, head, keep=lambda row: row["whole"]):
+def pivot(names, head, keep=lambda row: True):
     """Scores of the rows to keep by T, and by what `head` says: {title: a field, or a function of the row}."""
 
     def down(row):
@@ -286,7 +283,7 @@ def likelihood():
 def first_tries(name):
     """{file: {T: the rows of the two seeds}} of a log."""
     at = {}
-    for row in (row for i in (0, 1) for row in scores(LOGS / f"{name}-seed{i}-eval.jsonl") if row["whole"]):
+    for row in (row for i in (0, 1) for row in scores(LOGS / f"{name}-seed{i}-eval.jsonl")):
         at.setdefault(row["file"], {}).setdefault(row["steps"], []).append(row)
     return at
 
@@ -389,8 +386,8 @@ def model(row):
 
 
 def where(**wanted):
-    """For pivot: the rows of whole files whose fields have one of the values wanted."""
-    return lambda row: row["whole"] and all(row[key] in values for key, values in wanted.items())
+    """For pivot: the rows whose fields have one of the values wanted."""
+    return lambda row: all(row[key] in values for key, values in wanted.items())
 
 
 def change(row):
