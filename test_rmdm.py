@@ -35,6 +35,7 @@ import train_sudoku as sudoku
 from rmdm import MASK, BadInput, Config, TrainConfig
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
 def generator(seed=0):
@@ -55,6 +56,9 @@ X, T = torch.tensor([[MASK, 2, MASK], [1, 1, MASK], [MASK] * 3]), torch.tensor([
 GRID = ((0, 0), (1, 1), (0, 1))
 OURS = dict(time=True, inject=True, coord_bias=True, coords=GRID)
 LOOPMDM = dict(head_layers=1, layers=2, tail_layers=2)
+SMALL = "steps=2 batch=4 width=8 heads=1 loops=2 warmup=1 loops_min=1 grad_loops=1 carry=0".split()
+EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+BOXES = str.maketrans("|-+", "\u2502\u2500\u253c")
 
 
 def refuses(call, *args, says=".", **how):
@@ -65,7 +69,6 @@ def refuses(call, *args, says=".", **how):
 
 
 # ---- 1. schedule and loss ----
-
 
 @pytest.fixture(params=["linear", "cosine"])
 def schedule(request, monkeypatch):
@@ -88,11 +91,15 @@ ENTROPY = -(PROBS * PROBS.log()).sum().item()
 class Perfect(nn.Module):
     """p(x0^i | x_t) by Bayes, in the interface of RMDM."""
 
+    states, values = torch.tensor(STATES), (1, 2)
+
+    def joint(self, x_t, t):
+        """p(x0, x_t) up to a factor, for all x0: (B, 8, 1)."""
+        return PROBS[:, None] * ((x_t[:, None] == self.states) | (x_t[:, None] == MASK)).all(2, keepdim=True)
+
     def forward(self, x_t, t, **how):
-        states = torch.tensor(STATES)
-        agree = ((x_t[:, None] == states) | (x_t[:, None] == MASK)).all(2)  # (B, 8)
-        joint = agree * PROBS
-        p = torch.stack([(joint[:, :, None] * (states == v)).sum(1) for v in (1, 2)], 2)  # (B, 3, 2)
+        joint = self.joint(x_t, t)
+        p = torch.stack([(joint * (self.states == v)).sum(1) for v in self.values], 2)  # (B, 3, 2)
         return F.pad((p / p.sum(2, keepdim=True)).log(), (1, 0), value=-math.inf)[None], joint
 
     def infer(self, x_t, t, *how):
@@ -134,12 +141,15 @@ def test_times_are_stratified_uniform_in_every_row_and_never_zero(monkeypatch):
     assert rmdm.nelbo_weight(rmdm.sample_t(512)).isfinite().all()
 
 
-def test_corrupt_masks_only_editable_tokens_at_the_rate_of_the_schedule(schedule):
+def test_only_editable_tokens_are_masked_at_the_rate_of_the_schedule_and_cost_anything(schedule):
     x0, editable = torch.full((2000, 50), 3), torch.arange(50).expand(2000, 50) >= 10
     x_t, masked = rmdm.corrupt(x0, torch.full((2000,), 0.3), editable, generator())
     assert not masked[~editable].any() and (x_t[masked] == MASK).all() and (x_t[~masked] == 3).all()
     rate = 1 - schedule[0](0.3)
     assert abs(masked[editable].double().mean() - rate) < 5 * (rate * (1 - rate) / 80_000) ** 0.5
+    given = torch.tensor([[1, 2, MASK]] * 4), torch.zeros(4, 3, dtype=torch.bool)  # a MASK that is given is no mistake
+    assert rmdm.loss(tiny(), *given, "elbo", generator=generator())[0] == 0
+    assert not rmdm.nelbo(tiny(), *given, generator=generator()).any()
 
 
 @pytest.mark.parametrize("time", [False, True])
@@ -160,28 +170,40 @@ def test_nelbo_of_exact_conditionals_is_the_entropy(schedule):
     assert abs(draws.mean() - ENTROPY) < 4 * draws.std() / len(draws) ** 0.5
 
 
-def unroll(m, x, t, loops, grad_loops=0):
-    """h^0 .. h^loops: eqs. (2) and (7) as they are written, and injection, and truncated backpropagation, eq. (5)."""
+def attend(m, layer, h):
+    """The attention of a layer called with h, (B, heads, N, N), and the values that it weights."""
+    q, k, v = (x.unflatten(2, (layer.heads, -1)).transpose(1, 2) for x in layer.qkv(layer.norm1(h)).chunk(3, 2))
+    bias = 0
+    for axis, at in enumerate(torch.tensor(m.config.coords).T if m.config.coord_bias else ()):
+        bias = bias + layer.bias[:, axis] * (at == at[:, None])
+    return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5 + bias).softmax(3), v
+
+
+def through(m, layers, h):
+    """Pre-norm transformer layers as they are written."""
+    for layer in layers:
+        a, v = attend(m, layer, h)
+        h = h + layer.out((a @ v).transpose(1, 2).flatten(2))
+        h = h + layer.down(F.gelu(layer.up(layer.norm2(h))))
+    return h
+
+
+def unroll(m, x, t, loops, grad_loops=0, noise=0):
+    """h^0 .. h^loops: eqs. (2), (7) and (8) as they are written, injection, and truncated backpropagation, eq. (5)."""
     angle = t[:, None] * math.pi * 2.0 ** torch.arange(-1, 7)
     c = m.time(torch.cat([angle.sin(), angle.cos()], 1))[:, None] if m.config.time else 0
     h = m.token(x) + sum(table.weight[list(axis)] for table, axis in zip(m.position, zip(*m.config.coords))) + c
-    for layer in m.head:
-        h = layer(h, m.same)
-    states = [h]
+    states = [through(m, m.head, h) + noise]
     for l in range(loops):
         v = m.v.weight[min(l, m.config.loops - 1)]  # beyond training the last repeats
-        h = m.loop_norm(h + v + c + (states[0] if m.config.inject else 0))
-        for layer in m.block:
-            h = layer(h, m.same)
-        h = h.detach() if grad_loops and l < loops - grad_loops else h
-        states.append(h)
+        h = m.loop_norm(states[-1] + v + c + (states[0] if m.config.inject else 0))
+        h = through(m, m.block, h)
+        states.append(h.detach() if grad_loops and l < loops - grad_loops else h)
     return states
 
 
 def read_off(m, h):
-    for layer in m.tail:
-        h = layer(h, m.same)
-    return F.pad(m.unembed(m.norm(h)), (1, 0), value=-math.inf)
+    return F.pad(m.unembed(m.norm(through(m, m.tail, h))), (1, 0), value=-math.inf)
 
 
 @pytest.mark.parametrize("objective, supervise, grad_loops", [
@@ -239,18 +261,12 @@ def test_carried_examples_stay_with_their_state_until_right_or_spent():
     assert {2, 4, 6} == set(torch.cat(ages).tolist())
 
 
-def test_what_is_given_costs_nothing():
-    model, x0 = tiny(), torch.tensor([[1, 2, MASK]] * 4)  # a MASK that is given is no mistake
-    none = torch.zeros(4, 3, dtype=torch.bool)
-    assert rmdm.loss(model, x0, none, "elbo", generator=generator())[0] == 0
-    assert not rmdm.nelbo(model, x0, none, generator=generator()).any()
-
-
 # ---- 2. model and recursion ----
 
 @pytest.mark.parametrize("form", [dict(layers=2, time=True), OURS, LOOPMDM], ids=["R-MDM", "ours", "LoopMDM"])
 def test_the_recursion_by_hand(form):
     m = tiny(**form)
+    assert rmdm.Layer(8, 2, 2).bias[..., 0, 0].tolist() == [[1, 1], [-1, -1]]  # one head looks there, one elsewhere
     states = unroll(m, X, T, 5)  # two loops more than it was made for
     expected = torch.stack([read_off(m, h) for h in states[1:]])
     (everything, _), (last, h) = m(X, T, loops=5, supervise="all"), m(X, T, loops=5)
@@ -260,60 +276,39 @@ def test_the_recursion_by_hand(form):
         carried = torch.stack([states[1][0], states[2][1], states[2][2]]), torch.tensor([0, 2, 2])
         later, on = m(X, T, loops=3, carried=carried)
         assert torch.allclose(on[1:], h[1:], atol=1e-4) and torch.allclose(later[0, 0], expected[2, 0], atol=1e-4)
-    assert all(torch.allclose(*pair, atol=1e-4) for pair in zip(m.states(X, T, 5), states, strict=True))
+    noise = 0.5 * torch.randn(3, 3, 16, generator=generator(1))  # on h^0 alone
+    pairs = zip(m.states(X, T, 5, noise=0.5, generator=generator(1)), unroll(m, X, T, 5, noise=noise), strict=True)
+    assert all(torch.allclose(*pair, atol=1e-4) for pair in pairs)
     logits, used = m.infer(X, T, 5)
     assert torch.allclose(logits, expected[4], atol=1e-4) and used.tolist() == [5] * 3
-
-
-def test_adaptive_loops_stop_each_example_by_its_own_change():
-    m = tiny(loops=12, inject=True, time=True)
-    logits, used = m.infer(X, T, 12, eps=0.2)
-    states = torch.stack(unroll(m, X, T, 12))
-    change = (states[1:] - states[:-1]).flatten(2).norm(dim=2) / states[1:].flatten(2).norm(dim=2)  # (12, B)
+    h = torch.stack(states)  # the adaptive stop: each example by its own change
+    change = (h[1:] - h[:-1]).flatten(2).norm(dim=2) / h[1:].flatten(2).norm(dim=2)  # (5, B)
+    eps = change[2].sort().values[1:].mean().item()
+    logits, used = m.infer(X, T, 5, eps=eps)
     for b, l in enumerate(used.tolist()):
-        assert (change[: l - 1, b] >= 0.2).all() and (l == 12 or change[l - 1, b] < 0.2)
-        assert torch.allclose(logits[b], read_off(m, states[l])[b], atol=1e-4)
+        assert (change[: l - 1, b] >= eps).all() and (l == 5 or change[l - 1, b] < eps)
+        assert torch.allclose(logits[b], expected[l - 1, b], atol=1e-4)
     assert used.min() < used.max()
 
 
-def test_layer_by_hand():
-    m = tiny(width=8, coords=GRID, coord_bias=True)
-    assert rmdm.Layer(8, 2, 2).bias[..., 0, 0].tolist() == [[1, 1], [-1, -1]]  # one head looks there, one elsewhere
-    row, col = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]), torch.tensor([[1, 0, 0], [0, 1, 1], [0, 1, 1]])
-    for layer, same in (m.block[0], m.same), (rmdm.Layer(8, 2, 0), None):
-        h = torch.randn(1, 3, 8, generator=generator())
-        q, k, v = layer.qkv(layer.norm1(h))[0].split(8, dim=1)
-        heads = []
-        for i, s in enumerate((slice(0, 4), slice(4, 8))):
-            bias = 0 if same is None else layer.bias[i, 0] * row + layer.bias[i, 1] * col
-            heads.append((q[:, s] @ k[:, s].T / 2 + bias).softmax(1) @ v[:, s])
-        mid = h[0] + layer.out(torch.cat(heads, 1))
-        assert torch.allclose(layer(h, same)[0], mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), atol=1e-5)
-
-
-def loss_of(x0, **how):
-    return rmdm.loss(tiny(), x0, torch.ones_like(x0, dtype=torch.bool), **how)
-
-
-def fill(**how):
-    return rmdm.sample_all(tiny(), torch.zeros(1, 3, dtype=torch.long), **how)
-
-
 @pytest.mark.parametrize("call, says, settings", [
-    (lambda x: loss_of(torch.ones(x, dtype=torch.long)), "N = 3|both are", [(3, 1), (3, 5), (3, 2), (3,), (3, 3, 1)]),
-    (lambda x: rmdm.sample(tiny(), torch.zeros(x, dtype=torch.long)), "N = 3", [(1, 1), (2, 4)]),
-    (lambda x: loss_of(torch.tensor(x)), "token 0 at an editable position: 0 is MASK", [[[1, 0, 3]]]),
-    (lambda x: loss_of(torch.ones(1, 3, dtype=torch.long), **x), "needs inject=true", [dict(grad_loops=2)]),
+    (lambda x: rmdm.loss(tiny(), x, x > 0), "N = 3|both are", [X.new_ones(n) for n in [(3, 1), (3, 5), 3, (3, 3, 1)]]),
+    (lambda x: rmdm.sample(tiny(), x), "N = 3", [X.new_zeros(1, 1), X.new_zeros(2, 4)]),
+    (lambda x: rmdm.loss(tiny(), x, x < 9), "token 0 at an editable position: 0 is MASK", [X]),
+    (lambda x: rmdm.loss(tiny(), X + 1, X < 9, grad_loops=x), "needs inject=true", [2]),
     (lambda x: Config(4, x), "coords needs", [0, [[0.5]], [[-1]], [1, 2], []]),
     (lambda x: Config(4, 3, **x), "at least", [dict(heads=3), dict(loops=0), dict(width=0)]),
     (lambda x: TrainConfig(**{x: 0}), "at least 1|above 0", ["steps", "batch", "warmup", "save_every", "lr", "clip"]),
     (lambda x: TrainConfig(**x), "simple or elbo", [dict(objective="best"), dict(supervise="some")]),
     (lambda x: TrainConfig(**x), "below 1|at least 0", [dict(clip=math.nan), dict(ema=1), dict(grad_loops=-1)]),
     (lambda x: TrainConfig(**x), "needs loops_min=0", [dict(carry=4), dict(carry=4, grad_loops=2, loops_min=1)]),
-    (lambda x: fill(**x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
-    (lambda x: fill(**{x: -1}), "from", ["steps", "loops", "temperature", "tries", "noise", "eps"]),
-    (lambda x: fill(**{x: 10**12}), "to a million", ["steps", "loops", "tries"]),
-    (lambda x: fill(**{x: math.nan}), "finite", ["temperature", "noise", "eps", "threshold"]),
+    (lambda x: rmdm.sample(tiny(), X, **x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
+    (lambda x: rmdm.sample_all(tiny(), X, **{x: -1}), "from", "steps loops temperature tries noise eps".split()),
+    (lambda x: rmdm.sample_all(tiny(), X, **{x: 10**12}), "to a million", ["steps", "loops", "tries"]),
+    (lambda x: rmdm.sample(tiny(), X, **{x: math.nan}), "finite", ["temperature", "noise", "eps", "threshold"]),
+    (sudoku.parse, "'.' at cell 5 is neither", [EASY.replace("7", wrong) for wrong in "x\u0667"]),  # \u0667 is a digit
+    (sudoku.parse, "(row 1|column 2|box 3) has the digit 1 twice",
+     ["11" + "." * 79, "." * 10 + "1" + "." * 17 + "1" + "." * 52, "." * 6 + "1" + "." * 9 + "1" + "." * 64]),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_name(call, says, settings):
     for setting in settings:
@@ -325,9 +320,8 @@ def test_what_is_wrong_is_refused_by_name(call, says, settings):
 LIMIT = 24.3  # chi-square with 7 degrees of freedom exceeds this once in a thousand
 
 
-def chi_square(x, law):
-    counts = torch.tensor([(x == torch.tensor(s)).all(1).sum() for s in STATES], dtype=torch.float64)
-    expected = law * len(x)
+def chi_square(x, law, states=STATES):
+    counts, expected = (x[:, None] == torch.tensor(states)).all(2).sum(0), law * len(x)
     return ((counts - expected) ** 2 / expected).sum().item()
 
 
@@ -424,86 +418,57 @@ def test_clues_survive_and_passes_count_whatever_the_setting(order, how):
 
 # ---- 4. restarts ----
 
-
-def test_noise_is_added_to_h0_alone():
-    m, randn = tiny(inject=True), torch.randn(3, 3, 16, generator=generator(1))
-    states = list(m.states(X, T, 2, noise=0.5, generator=generator(1)))
-    h0 = unroll(m, X, T, 0)[0] + 0.5 * randn
-    h1 = m.block[0](m.loop_norm(h0 + m.v.weight[0] + h0), None)
-    assert torch.allclose(states[0], h0, atol=1e-5) and torch.allclose(states[1], h1, atol=1e-5)
-
-
-def test_restarts_try_again_what_the_judge_refuses_and_keep_the_best(monkeypatch):
+def test_restarts_try_again_what_the_judge_refuses_and_keep_the_last_answer():
     model, x = tiny(coords=6, inject=True), torch.randint(0, 4, (99, 6), generator=generator())
+    judge = lambda i, x: (x.sum(1) + i) % 4 == 3  # noqa: E731
     x[:, 2:] = MASK
-    real, outs, judged = rmdm.sample, [], []
-    alone = real(model, x, steps=3)
-
-    def watched(*args, noise=0.0, **how):
-        outs.append((noise, real(*args, noise=noise, **how)))
-        return outs[-1][1]
-
-    monkeypatch.setattr(rmdm, "sample", watched)
-
-    def judge(i, x):
-        judged.append((i.tolist(), x.sum(1) % 4 == 3))
-        return judged[-1][1]
-
-    how = dict(judge=judge, steps=3, tries=4, again=dict(noise=2.0), batch=40, generator=generator(1), trace=True)
-    out, history = rmdm.sample_all(model, x, **how), [[] for _ in x]
-    for (noise, one), (problems, right) in zip(outs, judged, strict=True):
-        for row, n in enumerate(problems):
-            history[n].append((right[row].item(), noise, one.x[row].tolist(), one.passes[row], one.nfe[row]))
-    for n, tries in enumerate(history):
-        right, noises, answers, passes, nfe = zip(*tries)
-        assert answers[0] == alone.x[n].tolist() and noises == (0, 2, 2, 2)[: len(tries)]
-        assert not any(right[:-1]) and (right[-1] or len(tries) == 4)
-        assert out.x[n].tolist() == answers[-1] == out.trace[n][-1]["x"].tolist()
-        assert (out.tries[n], out.passes[n]) == (len(tries), sum(passes))
-        assert out.nfe[n].tolist() == [*nfe, *[0] * (4 - len(tries))]
-    assert set(out.tries.tolist()) == {1, 2, 3, 4}
-    right, scores = out.x.sum(1) % 4 == 3, out.scores(out.x.sum(1) % 4 == 3)
-    assert scores["within_1"] == pytest.approx((right & (out.tries == 1)).double().mean())
-    assert scores["within_2"] == pytest.approx((right & (out.tries <= 2)).double().mean())
-    assert scores["nfe_2"] == pytest.approx(out.nfe[:, :2].sum() / 99) and "within_3" not in scores
-    assert scores["within_4"] == pytest.approx(right.double().mean()) and scores["nfe"] == scores["nfe_4"]
-    again, other = (rmdm.sample_all(model, x, **how | dict(generator=generator(seed))) for seed in (1, 2))
-    assert torch.equal(out.x, again.x) and torch.equal(out.nfe, again.nfe) and not torch.equal(out.x, other.x)
-    still = rmdm.sample_all(model, x, **how | dict(again={}))
-    assert torch.equal(still.x, alone.x) and set(still.tries.tolist()) == {1, 4}
-    once = rmdm.sample_all(model, x, steps=3, batch=7)  # without a judge there is one try
+    how = dict(steps=3, generator=generator(1), trace=True)
+    out = rmdm.sample_all(model, x, judge=judge, tries=4, again=dict(noise=2.0), batch=40, **how)
+    answer, passes, tries, nfe, traces = x.clone(), *x.new_zeros(2, 99), x.new_zeros(99, 4), [0] * 99
+    todo, how["generator"] = torch.arange(99), generator(1)
+    for k in range(4):  # the same by hand
+        for i in todo.split(40):
+            one = rmdm.sample(model, x[i], noise=2.0 * (k > 0), **how)
+            answer[i], tries[i], nfe[i, k], passes[i] = one.x, k + 1, one.nfe, passes[i] + one.passes
+            for row, n in enumerate(i):
+                traces[n] = [step["x"][row].tolist() for step in one.trace if step["loops"][row]]
+        todo = todo[~judge(todo, answer[todo])]
+    pairs = zip((out.x, out.passes, out.tries, out.nfe), (answer, passes, tries, nfe))
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert [[step["x"].tolist() for step in steps] for steps in out.trace] == traces
+    assert set(tries.tolist()) == {1, 2, 3, 4} and len(todo)
+    right = judge(torch.arange(99), answer)
+    scores = out.scores(right)
+    for n in (1, 2, 4):
+        assert scores[f"within_{n}"] == pytest.approx((right & (tries <= n)).double().mean())
+        assert scores[f"nfe_{n}"] == pytest.approx(nfe[:, :n].sum() / 99)
+    assert "within_3" not in scores and scores["nfe"] == scores["nfe_4"]
+    alone, once = rmdm.sample(model, x, steps=3), rmdm.sample_all(model, x, steps=3, batch=7)  # no judge, one try
     assert torch.equal(once.x, alone.x) and torch.equal(once.nfe[:, 0], alone.nfe) and (once.tries == 1).all()
 
 
-def test_a_further_try_solves_a_symmetric_picture_and_the_answer_is_turned_back(puzzles, monkeypatch):
-    x, x0 = (torch.from_numpy(part[:50]).long() for part in puzzles)
-    drawn, place, one = [], torch.arange(81.0).expand(50, 81), torch.ones_like(x[:, 0])
+def test_a_further_try_sees_a_symmetric_picture_and_what_it_answers_is_turned_back(puzzles, monkeypatch):
+    x, one, drawn, seen = torch.from_numpy(puzzles[0][:50]).long(), torch.ones(50, dtype=torch.long), [], []
 
-    def watched(*args):
+    def symmetry(*args):
         drawn.append(sudoku.symmetry(*args))
         return drawn[-1]
 
-    def solver(model, problem, editable, trace):
-        source, names = drawn[-1] if drawn else (place.long(), torch.arange(10).expand(50, 10))
-        assert torch.equal(problem, names.gather(1, x.gather(1, source))) and torch.equal(editable, problem == MASK)
-        answer = names.gather(1, x0.gather(1, source)) if drawn else problem.clamp(min=1)
-        step = dict(x=answer, revealed=editable, sure=place.gather(1, source), loops=one)
-        return rmdm.Filled(answer, one, one, [step])
+    def answer(model, problem, editable, trace):  # what it is asked
+        seen.append(problem)
+        return rmdm.Filled(problem, one, one, [dict(x=problem, revealed=editable, sure=problem / 10, loops=one)])
 
-    monkeypatch.setattr(rmdm, "sample", solver)
-    judge = lambda i, answer: sudoku.judge(x[i].numpy(), answer)  # noqa: E731
-    out = rmdm.sample_all(None, x, judge=judge, tries=3, again=dict(symmetry=watched), trace=True)
-    assert len(drawn) == 1 and torch.equal(out.x, x0) and (out.tries == 2).all()
-    for n in range(50):
-        step = out.trace[n][0]
-        assert torch.equal(step["x"], x0[n]) and torch.equal(step["revealed"], x[n] == MASK)
-        assert step["sure"].tolist() == list(range(81))
+    monkeypatch.setattr(rmdm, "sample", answer)
+    how = dict(judge=lambda i, _: [len(seen) > 1] * 50, tries=3, again=dict(symmetry=symmetry), trace=True)
+    out, ((source, names),) = rmdm.sample_all(None, x, **how), drawn
+    assert torch.equal(seen[0], x) and torch.equal(seen[1], names.gather(1, x.gather(1, source)))
+    assert torch.equal(out.x, x) and (out.tries == 2).all()
+    for n, (step,) in enumerate(out.trace):
+        assert torch.equal(step["x"], x[n]) and torch.equal(step["revealed"], x[n] == MASK)
+        assert torch.equal(step["sure"], names[n, x[n]] / 10)
 
 
 # ---- 5. Sudoku ----
-
-EASY = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
-
 
 SEEN = [[j for j in range(81) if i // 9 == j // 9 or i % 9 == j % 9 or (i // 27, i % 9 // 3) == (j // 27, j % 9 // 3)]
         for i in range(81)]  # fmt: skip
@@ -516,10 +481,8 @@ def count_solutions(board):
         return 1
     i, total = min(options, key=lambda i: len(options[i])), 0
     for digit in options[i]:
-        total += count_solutions([*board[:i], digit, *board[i + 1 :]])
-        if total > 1:
-            return 2
-    return total
+        total += 0 if total > 1 else count_solutions([*board[:i], digit, *board[i + 1 :]])
+    return min(total, 2)
 
 
 @pytest.fixture(scope="session")
@@ -539,28 +502,18 @@ def test_generated_puzzles_have_one_solution_and_no_clue_too_many(puzzles):
         assert all(count_solutions(board) == 2 for board in without)
 
 
-def pictures(boards, seed):
-    """Boards (k, n, 81), each of n under a random symmetry, the same for all k."""
-    drawn = sudoku.symmetry(boards.shape[1], generator(seed))
-    return np.stack([rmdm.picture(x, *drawn) for x in torch.from_numpy(boards).long()]).astype(np.uint8)
-
-
-def test_symmetries_keep_puzzles_valid_and_move_everything(puzzles):
-    p, s = pictures(np.stack(puzzles), 0)
-    assert sudoku.accept(p, s).all() and ((p != MASK).sum(1) == (puzzles[0] != MASK).sum(1)).all()
-    assert not (s == puzzles[1]).all(1).any() and count_solutions(p[0].tolist()) == 1
-    (many,) = pictures(np.repeat(puzzles[1][None, :1], 2000, 1), 1)
-    assert all(len(set(many[:, i].tolist())) == 9 for i in range(81))  # every digit gets everywhere
-
-
-def test_no_symmetric_picture_of_a_held_out_grid_in_training(puzzles):
-    keys = sudoku.fingerprint(puzzles[1])
-    seen = pictures(np.stack(puzzles), 3)
-    assert sudoku.fingerprint(seen[1]) == keys and len(set(keys)) == 300
-    p, s = (np.concatenate(parts) for parts in zip(seen[:, -30:], puzzles))  # 30 pictures of the last 30
-    (_, seen), (secret, grids) = sudoku.split(p, s, 20)
+def test_batches_are_symmetric_pictures_that_move_everything_and_none_is_of_a_held_out_grid(puzzles):
+    source, names = sudoku.symmetry(2000, generator(1))
+    assert all(len(of.unique()) == 81 for of in source.T) and all(len(of.unique()) == 9 for of in names.T[1:])
+    assert 0.4 < (source[:, 0] % 9 == source[:, 1] % 9).double().mean() < 0.6  # rows become columns
+    keys, (x0, blank) = sudoku.fingerprint(puzzles[1]), sudoku.batches(*puzzles, "cpu")(300, generator())
+    s, p = x0.numpy().astype(np.uint8), torch.where(blank, MASK, x0).numpy().astype(np.uint8)
+    assert sudoku.accept(p, s).all() and all(count_solutions(board) == 1 for board in p[:9].tolist())
+    found = sudoku.fingerprint(s)
+    assert set(found) <= set(keys) and len(set(keys)) == 300 and not {*map(bytes, s)} & {*map(bytes, puzzles[1])}
+    (_, seen), (secret, grids) = sudoku.split(*(np.concatenate(parts) for parts in zip((p, s), puzzles)), 20)
     assert (grids == puzzles[1][-20:]).all() and (secret == puzzles[0][-20:]).all()
-    assert len(seen) == 290 and not set(sudoku.fingerprint(seen)) & set(keys[-20:])
+    assert sudoku.fingerprint(seen) == [key for key in found + keys if key not in keys[-20:]] and len(seen) < 575
 
 
 def test_the_cache_is_used_and_damage_is_noticed(tmp_path, monkeypatch):
@@ -573,41 +526,23 @@ def test_the_cache_is_used_and_damage_is_noticed(tmp_path, monkeypatch):
     refuses(sudoku.generated, 5, 1, tmp_path, says="damaged.*delete the file")
 
 
-@pytest.mark.parametrize("bad, says", [
-    (EASY[:-1], "this one 80"),
-    (EASY.replace("7", "x"), "'x' at cell 5"),
-    (EASY.replace("7", "\u0667"), "at cell 5"),  # a digit, but not ASCII
-    ("5" + EASY[:4] + "5" + EASY[6:], "row 1 has the digit 5 twice"),
-    ("." * 10 + "1" + "." * 17 + "1" + "." * 52, "column 2 has the digit 1 twice"),
-    ("1" + "." * 9 + "1" + "." * 70, "box 1 has the digit 1 twice"),
-])  # fmt: skip
-def test_rules_and_formats_of_a_board(bad, says):
-    board = sudoku.parse(EASY)
-    drawn = "\n".join(sudoku.draw(EASY))
-    for same in (drawn, drawn.translate(BOXES), EASY.replace(".", "_"), EASY.replace(".", "0")):
-        assert sudoku.parse(same).tolist() == board.tolist()
-    refuses(sudoku.parse, bad, says=says)
-
-
-BOXES = str.maketrans("|-+", "\u2502\u2500\u253c")
-
-
 def test_published_formats(puzzles, tmp_path):
-    (p, s), path = (part[:3] for part in puzzles), tmp_path / "x"
-    for text, row in {
-        "quizzes,solutions\n": "{q},{a}\n",  # Kaggle 1M
-        "\ufeffid,puzzle,solution,clues,difficulty\n": "7,{dots},{a},24,1.5\n",  # Kaggle 3M
-        "source,question,answer,rating\r\n": '"hard, very",{dots},{a},9\r\n',  # sudoku-extreme
-        "# a comment\n\n": "{dots}\n",
-    }.items():
-        rows = [row.format(q=q, dots=q.replace("0", "."), a=a) for q, a in zip(as_text(p), as_text(s))]
+    for text, row, blank in [
+        ("quizzes,solutions\n", "{q},{a}\n", "0"),  # Kaggle 1M
+        ("\ufeffid,puzzle,solution,clues,difficulty\n", "7,{q},{a},24,1.5\n", "."),  # Kaggle 3M
+        ("source,question,answer,rating\r\n", '"hard, very",{q},{a},9\r\n', "_"),  # sudoku-extreme
+        ("# a comment\n\n", "{q}\n", "*"),
+    ]:
+        (p, s), path = (part[:3] for part in puzzles), tmp_path / "x"
+        rows = [row.format(q=q, a=a) for q, a in zip(as_text(p, blank), as_text(s))]
         path.write_text(text + "".join(rows), encoding="utf-8")
         puzzle, solution = zip(*sudoku.read_file(path))
         assert np.array_equal(puzzle, p) and np.array_equal(solution, s * ("{a}" in row))
+    drawn = "\n".join(sudoku.draw(EASY))
+    assert all((sudoku.parse(text) == sudoku.parse(EASY)).all() for text in (drawn, drawn.translate(BOXES)))
 
 
 # ---- 6. Countdown ----
-
 
 def every_solution(numbers):
     """An independent solver: {target: the answers as text}, by recursion over all pairs, without limits."""
@@ -626,12 +561,8 @@ def every_solution(numbers):
     return found
 
 
-def largest(answer):
-    return max(int(c) for c in re.findall("=([0-9]+)", answer))
-
-
 def test_generated_problems_are_those_that_brute_force_finds():
-    rng = np.random.default_rng(0)
+    rng, largest = np.random.default_rng(0), lambda answer: max(int(c) for c in re.findall("=([0-9]+)", answer))
     draws = [*rng.integers(1, 100, (12, 3)), *rng.integers(1, 100, (3, 4)), [1, 1, 1], [99, 99, 99, 98], [2, 50, 7, 7]]
     for numbers in draws:
         problems, equations = countdown.solutions(np.array([numbers]))
@@ -643,24 +574,7 @@ def test_generated_problems_are_those_that_brute_force_finds():
             assert largest(answer) == min(map(largest, truth[problem[-1]]))
 
 
-@pytest.mark.parametrize("answer, says", [
-    ("87/29=3,32*3=96", None),
-    ("32*87=2784,2784/29=96", None),
-    ("87/29=3", "number left over: 32"),
-    ("", "syntax of equation 1"),
-    ("87/29=3,32*3=96\n", "syntax of equation 2"),
-    ("\uff18\uff17/29=3,32*3=96", "syntax of equation 1"),  # digits, but not ASCII
-    ("__import__('os').abort()", "syntax of equation 1"),
-    ("87/32=2,29*3=96", "false equation 1"),
-    ("29-87=0,32*3=96", "false equation 1"),
-    ("87/29=3,32+3=35", "wrong target: 35, not 96"),
-])  # fmt: skip
-def test_the_checker_names_what_is_wrong(answer, says):
-    wrong = countdown.check_text(countdown.parse("87,29,32,96"), answer)
-    assert wrong is says if says is None else wrong.startswith(says)
-
-
-def test_the_checker_agrees_with_brute_force_on_spoiled_answers():
+def test_the_checker_agrees_with_brute_force_on_spoiled_answers_and_names_what_is_wrong():
     random, verdicts = np.random.default_rng(1), []
     for _ in range(30):
         numbers = random.integers(1, 13, 3).tolist()
@@ -672,6 +586,15 @@ def test_the_checker_agrees_with_brute_force_on_spoiled_answers():
                     verdicts.append(countdown.check_text([*numbers, target], text) is None)
                     assert verdicts[-1] == (text in answers), (numbers, target, text)
     assert 1000 < sum(verdicts) < len(verdicts) - 1000
+    for says, answers in {
+        "syntax of equation 1": ["", "__import__('os').abort()", "\uff18\uff17/29=3,32*3=96"],  # digits, but not ASCII
+        "syntax of equation 2": ["87/29=3,32*3=96\n"],
+        "false equation 1": ["87/32=2,29*3=96", "29-87=0,32*3=96", "29-87=58,32+58=90"],
+        "number left over: 32": ["87/29=3"],
+        "wrong target: 35, not 96": ["87/29=3,32+3=35"],
+    }.items():
+        for answer in answers:
+            assert countdown.check_text([87, 29, 32, 96], answer).startswith(says)
     assert countdown.check_text([5, 5, 7, 10], "5-5=0,7/0=0").startswith("false equation 2")
 
 
@@ -685,9 +608,10 @@ def test_countdown_tokens():
     spoiled, blank = tokens[0].copy(), countdown.CHARS.index(" ")
     i = next(i for i in np.flatnonzero(countdown.editable(len(spoiled))) if spoiled[i] == blank)
     spoiled[i + 1], spoiled[i] = spoiled[i], 2
-    assert "syntax" in countdown.check(problems[0], spoiled)  # a blank in front of a number is right, behind it wrong
     x, editable = countdown.start(model, problems)
     assert (x == torch.where(editable, MASK, torch.from_numpy(tokens).long())).all()
+    for wrong in (spoiled, x[0].tolist()):  # a blank in front of a number is right, behind it wrong, as is MASK
+        assert "syntax" in countdown.check(problems[0], wrong)
     assert torch.equal(countdown.start(model, problems[:, [2, 0, 3, 1, 4]])[0], x)
 
 
@@ -718,7 +642,6 @@ def test_published_countdown_files(tmp_path):
 
 
 # ---- 7. training and commands ----
-
 
 def toy_batch(n, g):
     """Sequences of three equal tokens."""
@@ -800,78 +723,66 @@ def test_a_training_killed_five_times_ends_as_if_never_killed(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(tmp_path):
+def test_a_diverged_run_and_a_full_disk_cost_nothing_that_was_saved(tmp_path):
+    model, runs = tiny(), [tmp_path / "diverged", tmp_path / "full"]
+    spoil = at_call(7, lambda: model.unembed.bias.data.fill_(math.nan))
+    refuses(fit, runs[0], spoil, model=model, says="the loss became nan, its gradient nan, by step 10")
+    assert state(runs[0])[0] == 5
     resource = pytest.importorskip("resource")  # not on Windows
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(OSError):
-            fit(tmp_path, at_call(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))))
+            fit(runs[1], at_call(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert state(tmp_path)[0] == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
-
-
-def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    model = tiny()
-    spoil = at_call(7, lambda: model.unembed.bias.data.fill_(math.nan))
-    refuses(fit, tmp_path, spoil, model=model, says="the loss became nan, its gradient nan, by step 10")
-    assert state(tmp_path)[0] == 5
+    assert state(runs[1])[0] == 5 and {path.name for path in runs[1].iterdir()} == {"checkpoint.pt", "log.jsonl"}
 
 
 @pytest.mark.parametrize("how, expected", [
     (dict(loops_min=2, grad_loops=2), {2, 3, 4}), (dict(loops_min=9, supervise="final"), {4}),
     (dict(carry=6, grad_loops=2), {2}),
 ])  # fmt: skip
-def test_loops_are_drawn_and_their_cost_is_counted(tmp_path, how, expected):
-    """The FLOPs in the log are those that torch counts, and the loops those of loops_min."""
-    loops, flops, model = [], [], tiny(loops=4, inject=True, head_layers=1, tail_layers=1)
+def test_the_log_counts_what_torch_and_the_clock_count_of_training_alone(tmp_path, monkeypatch, how, expected):
+    """FLOPs and seconds; and the loops are those of loops_min."""
+    loops, flops, clock, model = [], [], [0], tiny(loops=4, inject=True, head_layers=1, tail_layers=1)
     model.register_forward_pre_hook(lambda m, args, how: loops.append(how["loops"]), with_kwargs=True)
-    with FlopCounterMode(display=False) as counter:
-        batch = lambda n, g: flops.append(counter.get_total_flops()) or toy_batch(n, g)  # noqa: E731
-        fit(tmp_path, batch, model=model, muon=False, **how)
-    assert set(loops[-20:]) == expected  # before the first step it tries if it can train at all
-    assert counter.get_total_flops() - flops[1] == log(tmp_path)[-1]["flops"]
-
-
-def test_the_log_counts_seconds_of_training_alone(tmp_path, monkeypatch):
-    clock = [0.0]
     monkeypatch.setattr(rmdm.time, "perf_counter", lambda: clock[0])
 
     def tick(seconds, result):
         clock[0] += seconds
         return result
 
-    fit(tmp_path, lambda n, g: tick(1, toy_batch(n, g)), lambda m: tick(1000, {"score": np.float32(0.5)}))
+    with FlopCounterMode(display=False) as counter:
+        batch = lambda n, g: flops.append(counter.get_total_flops()) or tick(1, toy_batch(n, g))  # noqa: E731
+        fit(tmp_path, batch, lambda m: tick(1000, {"score": np.float32(0.5)}), model=model, muon=False, **how)
+    assert set(loops[-20:]) == expected  # before the first step it tries if it can train at all
+    assert counter.get_total_flops() - flops[1] == log(tmp_path)[-1]["flops"]
     assert [(entry["seconds"], entry["score"]) for entry in log(tmp_path)[1:]] == [(s, 0.5) for s in (5, 10, 15, 20)]
-
-
-def twice(model):
-    """The loss of a batch, and its gradients, at the second time."""
-    x0, g = torch.randint(1, 4, (8, 3), generator=generator(5)), generator()
-    for _ in range(2):
-        model.zero_grad()
-        value, _ = rmdm.loss(model, x0, x0 > 0, "elbo", grad_loops=2, generator=g)
-        value.backward()
-    return [value.detach(), *(w.grad for w in model.parameters())]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
 def test_a_model_wrapped_by_torch_has_the_same_loss_and_gradients(tmp_path, monkeypatch):
+    def twice(model):  # the loss of a batch, and its gradients, at the second time
+        x0, g = torch.randint(1, 4, (8, 3), generator=generator(5)), generator()
+        for _ in range(2):
+            model.zero_grad()
+            value, _ = rmdm.loss(model, x0, x0 > 0, "elbo", grad_loops=2, generator=g)
+            value.backward()
+        return [value.detach(), *(w.grad for w in model.parameters())]
+
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
-        wrapped = [twice(torch.nn.parallel.DistributedDataParallel(tiny(**OURS)))]
+        wrapped = twice(torch.nn.parallel.DistributedDataParallel(tiny(**OURS)))
     finally:
         torch.distributed.destroy_process_group()
-    wrapped.append(twice(torch.compile(tiny(**OURS), backend="eager")))
-    for found in wrapped:
+    for found in (wrapped, twice(torch.compile(tiny(**OURS), backend="eager"))):
         assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(twice(tiny(**OURS)), found, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda(tmp_path):
-    """Bias, truncation, compile, bf16, resume, sampling."""
+    """Bias, truncation, bf16, resume, sampling."""
     run = functools.partial(fit, steps=60, size=64, warmup=5, save_every=20, eval_every=60, grad_loops=2)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, at_call(30, lambda: signal.raise_signal(signal.SIGINT)), model=tiny(**OURS).cuda())
@@ -884,9 +795,6 @@ def test_cuda(tmp_path):
         assert (out.x > 0).all() and (out.x[:, 2] == 3).all() and out.nfe.min() > 0
     logits = model(x, torch.ones(9, device="cuda"))[0].cpu()[..., 1:]
     assert torch.allclose(rmdm.load(tmp_path)(x.cpu(), torch.ones(9))[0][..., 1:], logits, atol=0.02)
-
-
-SMALL = "steps=2 batch=4 width=8 heads=1 loops=2 warmup=1 loops_min=1 grad_loops=1 carry=0".split()
 
 
 @pytest.fixture
@@ -928,15 +836,12 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles):
     _, out, _ = cli(sample, *command, "--show", "--tries", 1, "--steps", 2, "--loops", 16)
     pictures = [int(l) for l in re.findall(r"loop (\d+): ", out)]  # every second one
     assert pictures == list(range(2, 17, 2)) and "step 2 of 2, 16 loops" in out and "\033" not in out
-    rows = map("{},{},{}\n".format, [*p[:6], s[0]], [*s[:6], s[0]], [*"010101", "full"])
-    Path("p.csv").write_text("puzzle,solution,level\n" + "".join(rows))
-    Path("full.csv").write_text(f"{s[0]},{s[0]}\n")
+    Path("p.csv").write_text("".join(map("{},{}\n".format, [*p[:6], s[0]], [*s[:6], s[0]])))  # in one all is given
     measure = ("sudoku", "--checkpoint", "runs/sudoku", "--json", "--data")
     rows = [json.loads(line) for line in cli(sample, *measure, "p.csv", "--steps", "1,2")[1].splitlines()]
     assert [(r["steps"], r["n"], r["exact"], r["nfe"]) for r in rows] == [
         (T, 7, pytest.approx(1 / 7), pytest.approx(T * 12 / 7)) for T in (1, 2)]  # fmt: skip
-    row = json.loads(cli(sample, *measure, "full.csv")[1])
-    assert row["exact"] == row["valid"] == row["within_1"] == row["cell"] == 1 and row["nfe"] == 0
+    assert all(row["exact"] == row["valid"] == row["within_1"] < row["cell"] < 0.5 for row in rows)
     at_once = ("p.csv", "--steps", 1, "--loops", 9, "--eps", 99, "--tries", 3)
     row = json.loads(cli(sample, *measure, *at_once)[1])
     assert row["nfe"] == pytest.approx(3 * 6 / 7) and row["tries"] == pytest.approx(19 / 7) and row["max_tries"] == 3
@@ -981,10 +886,7 @@ def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, presets, si
 
 # ---- 8. README and evidence ----
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_links_in_the_readme_hit():
+def test_the_links_in_the_readme_hit_and_its_commands_exist(cli):
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(links) >= 10
     for name, path, line in links:
@@ -992,9 +894,6 @@ def test_the_links_in_the_readme_hit():
         assert re.match(rf"\s*(def|class) {name}\b|{name} = ", code), f"{name} is not at line {line} of {path}"
     for path in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README):
         assert (HERE / path).exists(), path
-
-
-def test_the_commands_in_the_readme_exist(cli):
     blocks = "\n".join(re.findall(r"```(?:sh|bash|console)?\n(.*?)```", README, re.S)).replace("\\\n", " ")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"\bpython (.*)", blocks)]
     scripts = {"train_sudoku.py": sudoku, "train_countdown.py": countdown, "sample.py": sample}
@@ -1042,16 +941,13 @@ def bayes(a_t, a_s):
     return p / p.sum(2, keepdim=True)
 
 
-class Others(nn.Module):
-    """p(x0^i | x_t without position i) by Bayes, in the interface of RMDM. An editable token d comes as d + 3."""
+class Others(Perfect):
+    """p(x0^i | x_t without position i). An editable token d comes as d + 3."""
 
-    def forward(self, x, t, **how):
-        joint = LAW[:, None] * kept(x[:, None] - 3, PAIRS, rmdm.alpha(t.double())[:, None, None]).flip(2)
-        m = torch.stack([(joint * (PAIRS == v)).sum(1) for v in (1, 2, 3)], 2)
-        return F.pad((m / m.sum(2, keepdim=True)).log(), (1, 3), value=-math.inf)[None], joint
+    states, values = PAIRS, (1, 2, 3)
 
-    def infer(self, x, t, *how):
-        return self(x, t)[0][0], torch.ones(len(x), dtype=torch.long)
+    def joint(self, x, t):  # for each position that of the other one, (B, 9, 2)
+        return LAW[:, None] * kept(x[:, None] - 3, PAIRS, rmdm.alpha(t.double())[:, None, None]).flip(2)
 
 
 def predicts(model, t):
@@ -1068,12 +964,10 @@ def uniform(monkeypatch):
 
 def test_uniform_reverse_steps_are_those_of_bayes(uniform, schedule):
     for t, s in torch.tensor([(1.0, 0.6), (0.7, 0.3), (0.2, 0.0)], dtype=torch.float64):
-        a_t, a_s, a = rmdm.alpha(t), rmdm.alpha(s), rmdm.alpha(t) / rmdm.alpha(s)
-        p, denoiser, m, x = bayes(a_t, a_s), bayes(a_t, 1), predicts(Others(), t), F.one_hot(PAIRS - 1, 3)
+        a_t, a_s = rmdm.alpha(t), rmdm.alpha(s)
+        p, denoiser, m = bayes(a_t, a_s), bayes(a_t, 1), predicts(Others(), t)
         assert torch.allclose(uniform.reverse(m, PAIRS, t, s), p, atol=1e-6)
         assert torch.allclose(uniform.reverse(m, PAIRS, t, 0 * t), denoiser, atol=1e-6)
-        top = 3 * a_t * m * x + (a - a_t) * x + (a_s - a_t) * m + (1 - a) * (1 - a_s) / 3  # the papers' form
-        assert torch.allclose(top / (3 * a_t * (m * x).sum(2, keepdim=True) + 1 - a_t), p, atol=1e-6)
         assert t == 1 or (uniform.reverse(denoiser, PAIRS, t, s) - p).abs().max() > 0.02  # it cannot stand in for m
         how = dict(t=t.expand(9), editable=torch.ones(9, 2, dtype=torch.bool), generator=generator())
         ce, _ = uniform.costs(Others(), PAIRS, objective="simple", **how)
@@ -1120,8 +1014,7 @@ def test_uniform_samples_follow_the_exact_law(uniform, schedule):
 
     x = torch.zeros(40_000, 2, dtype=torch.long)
     out = uniform.sample(Others(), x, x == MASK, 6, generator=generator())
-    counts, expected = (out.x[:, None] == PAIRS).all(2).sum(0), 40_000 * law(6)
-    assert ((counts - expected) ** 2 / expected).sum() < 26.1  # chi-square, 8 degrees: once in a thousand
+    assert chi_square(out.x, law(6), PAIRS.tolist()) < 26.1  # 8 degrees: once in a thousand
     assert (law(6) - LAW).abs().max() > 0.02 > 4 * (law(200) - LAW).abs().max() and (out.nfe == 6).all()
     x, editable = PAIRS.clone(), PAIRS == 2
     for greedy in (False, True):
@@ -1139,30 +1032,24 @@ def test_uniform_commands_end_to_end(cli, puzzles, monkeypatch):
     assert [json.loads(x) | dict(data=None) for x in cli(module, "--data", "p.csv")[1].splitlines()] == rows
 
 
+@torch.no_grad()
 def test_the_attention_of_the_evidence_is_the_models_own(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "evidence")
     attention, m, calls = pytest.importorskip("attention"), tiny(**OURS, **LOOPMDM), []
     x0, editable = torch.tensor([[3, 2, 1], [1, 1, 2]]), torch.tensor([[True] * 3, [False, True, True]])
     unit, t = torch.tensor([[True, True, False], [True, True, True], [False, True, True]]), torch.full((2,), 0.6)
     x_t, masked = rmdm.corrupt(x0, t, editable, generator())  # the script draws the same
-    ce = rmdm.masked_ce(m, x0, x_t, masked, t, supervise="all", loops=5)[0].sum((1, 2)) / masked.sum()
-
-    def check(layer, args, output):  # values so weighted must make what the layer returns
-        h, a = args[0], attention.attention(layer, *args)
-        v = layer.qkv(layer.norm1(h))[..., 32:].view(2, 3, 2, 8).transpose(1, 2)
-        mid = h + layer.out((a @ v).transpose(1, 2).reshape(2, 3, 16))
-        assert torch.allclose(mid + layer.down(F.gelu(layer.up(layer.norm2(mid)))), output, atol=1e-5)
-        calls.append(a.detach().transpose(0, 1)[:, masked])
-
+    ce = [F.cross_entropy(logits[masked], x0[masked]).item() for logits in m(x_t, t, 5, "all")[0]]
     for layer in (*m.head, *m.block, *m.tail):
-        layer.register_forward_hook(check)
+        layer.register_forward_pre_hook(lambda layer, args: calls.append(attend(m, layer, args[0])[0]))
     rows = attention.by_loop(m, x0, editable, t, 5, unit)
-    assert [row["ce"] for row in rows if row["part"] == "loop"] == pytest.approx(ce.tolist(), rel=1e-4)
+    assert [row["ce"] for row in rows if row["part"] == "loop"] == pytest.approx(ce, rel=1e-4)
     own = torch.eye(3, dtype=torch.bool).expand(2, 3, 3)
     others = masked[:, None] & ~own
     kinds = {"masked": others, "self": own, "unit": unit & ~own, "unit_masked": unit & others}
     for row in rows:
-        a = torch.stack([calls.pop(0) for _ in {"head": m.head, "loop": m.block, "tail": m.tail}[row["part"]]])
+        layers = {"head": m.head, "loop": m.block, "tail": m.tail}[row["part"]]
+        a = torch.stack([calls.pop(0).transpose(0, 1)[:, masked] for _ in layers])
         for name, kind in kinds.items():
             share = (a * kind[masked]).sum(-1).mean(-1)  # of each layer and head
             assert np.allclose(row["heads"][name], share, atol=1e-5) and row[name] == pytest.approx(share.mean().item())
@@ -1172,30 +1059,21 @@ def test_the_attention_of_the_evidence_is_the_models_own(monkeypatch):
 
 # ---- 9. trust ----
 
-
 def test_what_is_not_solved_is_never_called_right(puzzles):
     puzzle, solution = (part[0] for part in puzzles)
     other = np.arange(10, dtype=np.uint8)[[0, 2, 3, 4, 5, 6, 7, 8, 9, 1]][solution]  # valid, but all clues are changed
     holes = [np.where(np.arange(81) == i, MASK, solution) for i in (np.flatnonzero(puzzle)[0], (puzzle == 0).argmax())]
     assert sudoku.check(puzzle, solution) is None and sudoku.judge(puzzle[None], torch.tensor(solution[None]))
     for wrong in (other, puzzle, np.zeros_like(puzzle), *holes):
-        assert sudoku.check(puzzle, wrong) and not sudoku.accept(puzzle[None], wrong[None]).any()
-        assert not sudoku.judge(puzzle[None], torch.tensor(wrong[None]))
-    tokens = countdown.encode(*countdown.solutions(np.array([[87, 29, 32]])))[0]
-    assert "syntax" in countdown.check([87, 29, 32, 96], np.where(countdown.editable(34), MASK, tokens))
-
-
-HEAD, GOOD = "id,puzzle,solution\n", "1,{q},{a}\n"
+        assert sudoku.check(puzzle, wrong) and not sudoku.judge(puzzle[None], torch.tensor(wrong[None]))
 
 
 @pytest.mark.parametrize("text, says", [
-    (HEAD + GOOD + '2,"{q},{a}\n' + GOOD * 3, "line 3"),  # would swallow three rows
-    (HEAD + GOOD + '2,{q},"{a}\n' + GOOD * 3, "line 3"),
+    ('{good}2,{q},"{a}\n{more}', "line 3"),  # would swallow three rows
     ("{s},{a}\n{q},{a}\n", "line 1: a puzzle has 81 cells, this one 80"),  # not to be read as answers alone
-    ("{a},{q}\n", "line 1"),
-    (HEAD + GOOD + "2,{q}\n", "line 3: 2 fields, not 3"),
-    (HEAD + GOOD + "2,{q},{a},4\n", "line 3: 4 fields, not 3"),
-    (HEAD + GOOD + "2,{q},{q}\n", "line 3: the solution is wrong"),
+    ("{a},{q}\n", "line 1: the solution is wrong"),
+    ("{good}2,{q}\n", "line 3: 2 fields, not 3"),
+    ("{good}2,{q},{a},4\n", "line 3: 4 fields, not 3"),
     ("id,question mark\n", "line 1"),
     ('{{"input": "1,35,14,22"}}', "line 2: not a JSON object with input, output"),
     ("[" * 100_000, "line 2: not a JSON object"),
@@ -1207,15 +1085,19 @@ def test_a_file_is_read_whole_or_refused_with_the_line(tmp_path, puzzles, text, 
     (q, _), (a, _) = (as_text(part[:2]) for part in puzzles)
     task, path = countdown if text.startswith(("{{", "[[")) else sudoku, tmp_path / "x"
     head = '{"input": "87,29,32", "output": "96"}\n' if task is countdown else ""
-    path.write_text(head + text.format(q=q, a=a, s=q[:-1]))
+    row = f"1,{q},{a}\n"
+    path.write_text(head + text.format(q=q, a=a, s=q[:-1], good="id,puzzle,solution\n" + row, more=row * 3))
     refuses(lambda: list(task.read_file(path)), says=says)
 
 
 def test_a_flipped_bit_or_a_file_cut_short_is_noticed(tmp_path):
     path, good, random, refused = tmp_path / "x.pt", HERE / "weights/sudoku-short.pt", np.random.default_rng(0), 0
     data, whole = good.read_bytes(), rmdm.load(good)
+    spoiled = [data[:end] for end in (0, 99, len(data) // 2, len(data) - 1)]
     for at, bit in zip(random.integers(len(data), size=300), random.integers(8, size=300)):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        spoiled.append(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+    for content in spoiled:
+        path.write_bytes(content)
         try:
             model = rmdm.load(path)
         except BadInput:
@@ -1223,16 +1105,9 @@ def test_a_flipped_bit_or_a_file_cut_short_is_noticed(tmp_path):
         else:  # a bit that means nothing
             assert model.config == whole.config and same(model.state_dict().values(), whole.state_dict().values())
     assert refused > 250
-    for end in (0, 99, len(data) // 2, len(data) - 1):
-        path.write_bytes(data[:end])
-        refuses(rmdm.load, path, says="damaged, or not written by rmdm")
 
 
-class Evil:
-    """Opens a file when it is unpickled."""
-
-    def __reduce__(self):
-        return open, ("owned", "w")
+Evil = type("Evil", (), {"__reduce__": lambda self: (open, ("owned", "w"))})  # opens a file when it is unpickled
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -1242,7 +1117,6 @@ class Evil:
     (lambda saved: saved["ema"].update({"norm.bias": 3}), "do not fit"),
     (lambda saved: saved["ema"].pop("norm.bias"), "norm.bias"),
     (lambda saved: saved["config"].update(depth=3), "depth"),
-    (lambda saved: saved["config"].update(width=7), "do not fit"),
     (lambda saved: saved["config"].update(coords="8"), "do not fit"),
 ])  # fmt: skip
 def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, spoil, says):
@@ -1253,6 +1127,9 @@ def test_checkpoints_that_do_not_fit_are_refused_and_run_no_code(board, spoil, s
 
 
 def test_a_run_is_resumed_with_its_own_settings_alone(tmp_path):
+    with pytest.raises(TypeError):  # what could not be read again is refused before the first step
+        fit(tmp_path / "out", about={"data": Path("x")})
+    assert not (tmp_path / "out").exists()
     fit(tmp_path, steps=2, about={"task": "a", "data": 1})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for other, says in [
@@ -1279,12 +1156,6 @@ def test_two_processes_that_save_one_file_do_not_tear_it(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", second)
     rmdm.save(path, torch.ones(5))
     assert rmdm.read(path).sum() == 5 and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_could_not_be_read_again_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(TypeError):
-        fit(tmp_path / "out", about={"data": Path("x")})
-    assert not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_is_one_line_and_before_the_first_checkpoint_leaves_nothing_in_the_way(cli, monkeypatch):
