@@ -49,7 +49,7 @@ def read(task, arguments):
     """The problems named on the command line, in a file, or on standard input: an array, one a row."""
     text, where = " ".join(arguments), ""
     if not arguments or text == "-":
-        where, text = "standard input", sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+        where, text = "standard input", (sys.stdin.buffer.read() if sys.stdin else b"").decode("utf-8-sig", "replace")
     elif os.path.isfile(text):
         where, text = text, Path(text).read_text("utf-8-sig", "replace")
     elif re.search(r"[A-Za-z/\\]", text):

@@ -354,8 +354,8 @@ def evaluate(model, problems, equations=None, **how):
 
 
 def presets(n):
-    """The model, the training and the number of problems, for n operands; with five nothing was measured yet. Attention
-    bias and truncated backpropagation won on Sudoku; here neither did, see evidence/."""
+    """The model, the training and the number of problems, for n operands; none was chosen for five. Attention bias and
+    truncated backpropagation won on Sudoku; here neither did, see evidence/."""
     ours = rmdm.Config(len(CHARS), COORDS[n], width=128, heads=4, loops=4, inject=True)
     long = (ours, rmdm.TrainConfig(steps=20_000, batch=64), 500_000)
     if n > 3:  # three times the parameters, six layer passes for four
@@ -377,7 +377,7 @@ def main():
     add("--preset", choices=presets(3), help="default: short; of four or more operands long; paper: the paper's form")
     add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
-    add("--problems", type=int, help="about so many to train on (default: 500000, or 2000000 if four operands, long)")
+    add("--problems", type=int, help="about so many to train on (default: 500000; long, 4 or 5 operands: 2000000)")
     add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
     add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")

@@ -86,8 +86,8 @@ def table(head, rows):
 def spread(values, digits=1):
     """One number a seed: their mean ± half their range, without the latter where it rounds to 0."""
     values = list(values)
-    mean, half = sum(values) / len(values), f"{(max(values) - min(values)) / 2:.{digits}f}"
-    return f"{mean:,.{digits}f}" + f" ± {half}" * (float(half) > 0)
+    mean, half = sum(values) / len(values), round((max(values) - min(values)) / 2, digits)
+    return f"{mean:,.{digits}f}" + f" ± {half:,.{digits}f}" * (half > 0)
 
 
 DIGITS = {"parameters": 0, "steps": 0, "NELBO, nats": 2}
@@ -417,6 +417,7 @@ COUNTDOWN_ALL = COUNTDOWN_LONG | {
     "CD3, 3 x 2, noise": "countdown-3x2-noise",
     "CD3, 3 x 2, always random": "countdown-3x2-random",
 }
+FOUR = "countdown-3x2", "countdown-4", "countdown-5"
 LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
@@ -431,7 +432,7 @@ TABLES = {
     "sudoku-choices": lambda: choices("sudoku-choices", CHOICES, r"supervise=(\d|grow)|mass|embedding|time|min=[14]"),
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops sudoku-adaptive", LOOPS, MORE),
     "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), CD3),
-    "countdown-4": lambda: compare(runs("countdown-3x2") + runs("countdown-4"), FINAL, "task", operands),
+    "countdown-4": lambda: compare(sum(map(runs, FOUR), []), FINAL, "task", operands),
     "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS | WELL),
     "countdown-sampling": lambda: pivot(SAMPLING, {"change": change}, LONG),
     "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
