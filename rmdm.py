@@ -388,15 +388,16 @@ class Filled:
     passes: torch.Tensor  # (B,) passes used, in all tries
     nfe: torch.Tensor  # (B,) loops, summed over the passes; from `sample_all` (B, tries), those of each try
     trace: list  # if asked for, a dict for each step that ran: x (B, N), revealed (B, N) bool, sure (B, N), loops (B,)
-    tries: torch.Tensor | None = None  # (B,) tries used, by `sample_all`
+    tries: torch.Tensor | None = None  # from `sample_all`: (B,) tries used
+    right: torch.Tensor | None = None  # from `sample_all`: (B,) bool, what its judge said of x
 
-    def scores(self, right):
-        """What restarts are worth if `right` (B,) bool are solved: the mean `tries` and `nfe`, and the share solved
-        `within_n` tries, n = 1, 2, 4, .., with their mean loops, `nfe_n`."""
-        right, nfe = torch.as_tensor(right, device=self.tries.device), self.nfe.double().mean(0).cumsum(0).tolist()
+    def scores(self):
+        """What restarts are worth: the mean `tries` and `nfe`, and the share solved `within_n` tries, n = 1, 2, 4, ..,
+        with their mean loops, `nfe_n`."""
+        nfe = self.nfe.double().mean(0).cumsum(0).tolist()
         found = dict(tries=self.tries.double().mean().item(), nfe=nfe[-1])
         for n in (2**k for k in range(len(nfe).bit_length())):
-            found |= {f"within_{n}": (right & (self.tries <= n)).double().mean().item(), f"nfe_{n}": nfe[n - 1]}
+            found |= {f"within_{n}": (self.right & (self.tries <= n)).double().mean().item(), f"nfe_{n}": nfe[n - 1]}
         return found
 
 
@@ -508,7 +509,7 @@ def sample_all(model, x, editable=None, judge=None, tries=1, again={"noise": 0.2
         if not len(todo):
             break
     bar.close()
-    return Filled(answer, passes, nfe, traces, count)
+    return Filled(answer, passes, nfe, traces, count, right)
 
 
 # ---- 5. Training and checkpoints ----

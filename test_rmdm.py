@@ -437,8 +437,8 @@ def test_restarts_try_again_what_the_judge_refuses_and_keep_the_last_answer():
     assert all(torch.equal(*pair) for pair in pairs)
     assert [[step["x"].tolist() for step in steps] for steps in out.trace] == traces
     assert set(tries.tolist()) == {1, 2, 3, 4} and len(todo)
-    right = judge(torch.arange(99), answer)
-    scores = out.scores(right)
+    right, scores = judge(torch.arange(99), answer), out.scores()
+    assert torch.equal(out.right, right)
     for n in (1, 2, 4):
         assert scores[f"within_{n}"] == pytest.approx((right & (tries <= n)).double().mean())
         assert scores[f"nfe_{n}"] == pytest.approx(nfe[:, :n].sum() / 99)

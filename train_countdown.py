@@ -345,9 +345,8 @@ def evaluate(model, problems, equations=None, **how):
     those of Filled.scores; and n and `seconds` in all. `equations` are not used: any solution counts."""
     began = time.perf_counter()
     out = rmdm.sample_all(model, *start(model, problems), lambda i, x: judge(problems[i.tolist()], x), **how)
-    solved = judge(problems, out.x)
-    seconds = time.perf_counter() - began
-    return dict(n=len(problems), solved=solved.mean().item(), **out.scores(solved), seconds=seconds)
+    solved, seconds = out.right.double().mean().item(), time.perf_counter() - began
+    return dict(n=len(problems), solved=solved, **out.scores(), seconds=seconds)
 
 
 # ---- 6. The command ----

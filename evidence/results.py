@@ -102,7 +102,7 @@ def compare(found, columns, first="K x L", label=lambda model: shape(model)):
     return table((first, *columns), rows)
 
 
-def pivot(names, head, keep=lambda row: True):
+def pivot(names, head, keep):
     """Scores of the rows to keep by T, and by what `head` says: {title: a field, or a function of the row}."""
 
     def down(row):
@@ -283,8 +283,9 @@ def likelihood():
 def first_tries(name):
     """{file: {T: the rows of the two seeds}} of a log."""
     at = {}
-    for row in (row for i in (0, 1) for row in scores(LOGS / f"{name}-seed{i}-eval.jsonl")):
-        at.setdefault(row["file"], {}).setdefault(row["steps"], []).append(row)
+    for i in (0, 1):
+        for row in scores(LOGS / f"{name}-seed{i}-eval.jsonl"):
+            at.setdefault(row["file"], {}).setdefault(row["steps"], []).append(row)
     return at
 
 
@@ -417,7 +418,7 @@ COUNTDOWN_ALL = COUNTDOWN_LONG | {
     "CD3, 3 x 2, noise": "countdown-3x2-noise",
     "CD3, 3 x 2, always random": "countdown-3x2-random",
 }
-FOUR = "countdown-3x2", "countdown-4", "countdown-5"
+MORE_OPERANDS = "countdown-3x2", "countdown-4", "countdown-5"
 LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
@@ -432,7 +433,7 @@ TABLES = {
     "sudoku-choices": lambda: choices("sudoku-choices", CHOICES, r"supervise=(\d|grow)|mass|embedding|time|min=[14]"),
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops sudoku-adaptive", LOOPS, MORE),
     "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), CD3),
-    "countdown-4": lambda: compare(sum(map(runs, FOUR), []), FINAL, "task", operands),
+    "countdown-4": lambda: compare(sum(map(runs, MORE_OPERANDS), []), FINAL, "task", operands),
     "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS | WELL),
     "countdown-sampling": lambda: pivot(SAMPLING, {"change": change}, LONG),
     "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
