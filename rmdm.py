@@ -519,7 +519,7 @@ class TrainConfig:
     steps: int = 4000  # about ten minutes of one core for a small model
     batch: int = 32  # twice or half as many gained nothing in pilots
     muon: bool = True  # for the matrices inside the layers: in pilots puzzles were learned faster than with AdamW alone
-    lr: float = 0.02  # of Muon; twice or half as much gained nothing in pilots
+    lr: float = 0.02  # of Muon; twice or half gained nothing in pilots of minutes; a long run may want a quarter
     lr_rest: float = 4e-3  # of AdamW: embeddings, norms, biases, the unembedding; without Muon all
     warmup: int = 100  # steps of linear warm-up; then linear decay to zero, so that the end counts
     weight_decay: float = 0.01  # of both; torch's for AdamW

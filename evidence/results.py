@@ -190,7 +190,7 @@ def carry():
 
 
 def operands(model):
-    return f"CD{model['numbers']}, {shape(model)}"
+    return f"CD{model['numbers']}, {shape(model)}, lr {model['lr']}"
 
 
 FORMS = "plain", "our", "LoopMDM's"
@@ -410,15 +410,17 @@ AT_20 = where(file=["kaggle3m"], steps=[20])
 MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/trunc-1"), eps=(0, 0.1))
 SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
 SUDOKU_ALL = SUDOKU | {"short, noise 0.3 alone": "sudoku-short-noise"}
-COUNTDOWN_LONG = {"CD3, 1 x 4": "countdown-long", "CD4, 3 x 2": "countdown-4"}
-COUNTDOWN_ALL = COUNTDOWN_LONG | {
+COUNTDOWN = {"CD3": "countdown-3", "CD4": "countdown-4"}
+COUNTDOWN_ALL = COUNTDOWN | {
+    "CD4, lr 0.005": "countdown-4-slow",
+    "CD4, noise": "countdown-4-noise",
+    "CD4, always random": "countdown-4-random",
+    "CD3, 1 x 4": "countdown-long",
     "CD3, 1 x 4, noise": "countdown-long-noise",
-    "CD4, 3 x 2, noise": "countdown-4-noise",
-    "CD4, 3 x 2, always random": "countdown-4-random",
-    "CD3, 3 x 2, noise": "countdown-3x2-noise",
-    "CD3, 3 x 2, always random": "countdown-3x2-random",
+    "CD3, lr 0.02, noise": "countdown-3x2-noise",
+    "CD3, lr 0.02, always random": "countdown-3x2-random",
 }
-MORE_OPERANDS = "countdown-3x2", "countdown-4", "countdown-5"
+OPERANDS = "countdown-3x2", "countdown-3", "countdown-4", "countdown-4-slow", "countdown-5"
 LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
@@ -433,13 +435,13 @@ TABLES = {
     "sudoku-choices": lambda: choices("sudoku-choices", CHOICES, r"supervise=(\d|grow)|mass|embedding|time|min=[14]"),
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops sudoku-adaptive", LOOPS, MORE),
     "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), CD3),
-    "countdown-4": lambda: compare(sum(map(runs, MORE_OPERANDS), []), FINAL, "task", operands),
+    "countdown-4": lambda: compare(sum(map(runs, OPERANDS), []), FINAL, "task", operands),
     "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS | WELL),
     "countdown-sampling": lambda: pivot(SAMPLING, {"change": change}, LONG),
     "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
     "countdown-choices": lambda: choices("countdown-choices", STEPS | NELBO | FIRST | TESTS),
     "sudoku-summary": lambda: restarts(SUDOKU, (1, 20), (1, 64)),
-    "countdown-summary": lambda: restarts(COUNTDOWN_LONG, (1, 8), (1, 64)),
+    "countdown-summary": lambda: restarts(COUNTDOWN, (1, 8), (1, 64)),
     "sudoku-restarts": lambda: restarts(SUDOKU_ALL, (), TRIES),
     "countdown-restarts": lambda: restarts(COUNTDOWN_ALL, (), TRIES),
     "sudoku-restart-kinds": lambda: kinds("sudoku"),
