@@ -1,7 +1,7 @@
 """Countdown with recursive masked diffusion: rules, problems, evaluation, training.
 
     python train_countdown.py                             # makes problems, trains, evaluates; GPU if there is one
-    python train_countdown.py --preset long               # the same for longer
+    python train_countdown.py --preset long               # a larger model, for longer
     python train_countdown.py --numbers 4                 # four operands; the long preset
     python train_countdown.py --resume                    # goes on where an interrupted run stopped
     python train_countdown.py --paper                     # the paper's form: nothing of ours
@@ -356,9 +356,8 @@ def presets(n):
     """The model, the training and the number of problems, for n operands; none was chosen for five. Attention bias and
     truncated backpropagation won on Sudoku; here neither did, see evidence/."""
     ours = rmdm.Config(len(CHARS), COORDS[n], width=128, heads=4, loops=4, inject=True)
-    long = rmdm.TrainConfig(steps=38_000, batch=64, lr=0.005, lr_rest=0.001)  # rates that a long run gains from
-    if n > 3:  # here it does not
-        long = rmdm.TrainConfig(steps=24_000, batch=64)
+    rates = dict(lr=0.005, lr_rest=0.001) if n == 3 else {}  # of four operands lower rates solved no more
+    long = rmdm.TrainConfig(steps=38_000 if n == 3 else 24_000, batch=64, **rates)
     paper = rmdm.Config(len(CHARS), len(COORDS[n]), width=128, heads=4, loops=4, time=True)
     return {
         "short": (ours, rmdm.TrainConfig(steps=7300, batch=64), 500_000),

@@ -392,7 +392,7 @@ def where(**wanted):
 
 
 def change(row):
-    """In what a row differs from how the long runs on Countdown are sampled as a rule."""
+    """In what a row differs from how the long 1 x 4 on Countdown is sampled as a rule."""
     usual = dict(loops=4, order="confidence", threshold=None, eps=0.0)
     return ", ".join(f"{key}={row[key]}" for key, x in usual.items() if row[key] != x) or "none"
 
