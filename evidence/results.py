@@ -435,7 +435,7 @@ TABLES = {
     "sudoku-choices": lambda: choices("sudoku-choices", CHOICES, r"supervise=(\d|grow)|mass|embedding|time|min=[14]"),
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops sudoku-adaptive", LOOPS, MORE),
     "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), CD3),
-    "countdown-4": lambda: compare(sum(map(runs, OPERANDS), []), FINAL, "task", operands),
+    "countdown-operands": lambda: compare(sum(map(runs, OPERANDS), []), FINAL, "task", operands),
     "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS | WELL),
     "countdown-sampling": lambda: pivot(SAMPLING, {"change": change}, LONG),
     "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
