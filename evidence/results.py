@@ -7,7 +7,7 @@
 
     logs/NAME-seed*.jsonl         log.jsonl of a training run, or of several, one after the other
     logs/NAME-seed*-eval.jsonl    what `python sample.py TASK --data FILE --json` printed for it, or for them
-    logs/NAME-seed*.txt           what training printed at its end, until commit 16cafdf: scores, mistakes, noise
+    logs/NAME-seed*.txt           what training printed at its end: scores; until commit 16cafdf mistakes, noise
     logs/attention-*-seed*.jsonl  what evidence/attention.py printed
     logs/restarts-*-seed*.jsonl   what evidence/restarts.py printed
     logs/uniform-scores-*.jsonl   what evidence/uniform.py printed, with and without --data
@@ -190,7 +190,7 @@ def carry():
 
 
 def operands(model):
-    return f"CD{model['numbers']}, {shape(model)}, lr {model['lr']}"
+    return f"CD{model['numbers']}, {shape(model)}, d = {model['width']}, lr {model['lr']}"
 
 
 FORMS = "plain", "our", "LoopMDM's"
@@ -412,15 +412,17 @@ SUDOKU = {"short": "sudoku-short", "long": "sudoku-long"}
 SUDOKU_ALL = SUDOKU | {"short, noise 0.3 alone": "sudoku-short-noise"}
 COUNTDOWN = {"CD3": "countdown-3", "CD4": "countdown-4"}
 COUNTDOWN_ALL = COUNTDOWN | {
-    "CD4, lr 0.005": "countdown-4-slow",
-    "CD4, noise": "countdown-4-noise",
-    "CD4, always random": "countdown-4-random",
+    "CD4, d = 160": "countdown-4-wide",
+    "CD4, 22,500 steps": "countdown-4-slow",
+    "CD4, lr 0.02": "countdown-4-fast",
+    "CD4, lr 0.02, noise": "countdown-4-fast-noise",
+    "CD4, lr 0.02, always random": "countdown-4-fast-random",
     "CD3, 1 x 4": "countdown-long",
     "CD3, 1 x 4, noise": "countdown-long-noise",
     "CD3, lr 0.02, noise": "countdown-3x2-noise",
     "CD3, lr 0.02, always random": "countdown-3x2-random",
 }
-OPERANDS = "countdown-3x2", "countdown-3", "countdown-4", "countdown-4-slow", "countdown-5"
+OPERANDS = [f"countdown-{name}" for name in "3x2 3 4-fast 4-slow 4 4-wide 5".split()]
 LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
