@@ -356,7 +356,7 @@ def presets(n):
     """The model, the training and the number of problems, for n operands; none was chosen for five. Attention bias and
     truncated backpropagation won on Sudoku; here neither did, see evidence/."""
     ours = rmdm.Config(len(CHARS), COORDS[n], width=128, heads=4, loops=4, inject=True)
-    steps, problems = (38_000, 2_000_000) if n == 3 else (62_000, 5_000_000)  # few are seen often
+    steps, problems = (38_000, 2_000_000) if n == 3 else (62_000, 5_000_000)  # about one draw a problem
     long = rmdm.TrainConfig(steps, batch=64, lr=0.005, lr_rest=0.001, eval_every=4000)  # many steps want low rates
     paper = rmdm.Config(len(CHARS), len(COORDS[n]), width=128, heads=4, loops=4, time=True)
     return {
@@ -375,7 +375,7 @@ def main():
     add("--preset", choices=presets(3), help="default: short; of four or more operands long; paper: the paper's form")
     add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
-    add("--problems", type=int, help="about so many to train on (default: 500000; long: 2000000, or 5000000)")
+    add("--problems", type=int, help="default: about 500000; long: 2000000, of four operands or more 5000000")
     add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
     add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
