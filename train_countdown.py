@@ -375,7 +375,7 @@ def main():
     add("--preset", choices=presets(3), help="default: short; of four or more operands long; paper: the paper's form")
     add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
-    add("--problems", type=int, help="default: about 500000; long: 2000000, of four operands or more 5000000")
+    add("--problems", type=int, help="how many, about (500000; long: 2000000, of four operands or more 5000000)")
     add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
     add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
