@@ -169,9 +169,9 @@ class RMDM(nn.Module):
 
     and of eq. (7): head layers end E, tail layers begin D. Only h carries information from loop to loop.
 
-    Our choices: t enters as sinusoids through a linear map, added to h^0 and, inside Norm, again at every loop, as is
-    h^0 with injection; LayerNorm; v^l begins at 0, and beyond L loops the last one repeats; the initialization
-    below."""
+    Our choices: t enters as sinusoids through a linear map that begins at 0. It is added to h^0 and, inside Norm, again
+    at every loop, as is h^0 with injection. Norm is LayerNorm. v^l begins at 0, and beyond L loops the last one
+    repeats. The initialization is below."""
 
     def __init__(self, config):
         super().__init__()
@@ -200,6 +200,8 @@ class RMDM(nn.Module):
                 nn.init.normal_(m.weight, std=0.5)  # a token and a few coordinates together: about 1
         nn.init.zeros_(self.unembed.weight)  # start from equal probabilities
         nn.init.zeros_(self.v.weight)  # start with all loops alike
+        if c.time:
+            nn.init.zeros_(self.time.weight)  # start with all t alike: at full size t drowned the tokens
 
     def embed_time(self, t):
         """t (B,) -> (B, 1, d)."""

@@ -874,7 +874,7 @@ def test_the_countdown_commands_end_to_end(cli):
 ])  # fmt: skip
 def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, presets, size):
     config, training, _ = presets["paper"]
-    assert not (config.inject or config.coord_bias or training.grad_loops or training.muon or config.head_layers)
+    assert not (config.inject or config.coord_bias or training.grad_loops or training.carry or config.head_layers)
     assert config.coords == tuple((i,) for i in range(len(config.coords))) and config.time
     assert training.supervise == "all" and training.objective == "simple" and not training.loops_min
     code, _, err = cli(module, "--paper", size, *"--device cpu --set steps=1 width=8 heads=1 loops=1".split())
@@ -882,6 +882,26 @@ def test_the_papers_form_has_nothing_of_ours_and_trains(cli, module, presets, si
     saved = rmdm.read(next(Path("runs").glob("*/model.pt")))
     assert saved["config"] == json.loads(json.dumps(asdict(config) | dict(width=8, heads=1, loops=1)))
     assert saved["train"] == asdict(training) | dict(steps=1)
+
+
+def test_at_the_start_all_times_are_alike_and_with_t_as_an_input_the_papers_form_learns(tmp_path):
+    """At full size the map of t drowned the tokens, and without injection nothing was learned."""
+    torch.manual_seed(0)
+    model = rmdm.RMDM(Config(9, 8, width=32, loops=4, time=True))
+    x, every_t = torch.arange(8)[None], torch.tensor([0.01, 0.5, 1])
+    nn.init.normal_(model.unembed.weight)  # which begins at zero, too
+    logits = model(x.expand(3, 8), every_t)[0][0][..., 1:]
+    assert (logits[0] == logits).all() and logits.any()
+    nn.init.zeros_(model.unembed.weight)
+
+    def batch(n, generator):
+        x0 = (torch.randint(8, (n, 1), generator=generator) + torch.arange(8)) % 8 + 1
+        return x0, torch.ones_like(x0, dtype=torch.bool)
+
+    average = fit(tmp_path / "run", batch, model=model, size=32, steps=350, save_every=350, eval_every=350)
+    x0 = batch(16, generator())[0]
+    given = x0.masked_fill(torch.arange(8) > 0, MASK)
+    assert (rmdm.sample(average, given, steps=4).x == x0).all() and model.time.weight.any()
 
 
 # ---- 8. README and evidence ----

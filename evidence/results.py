@@ -138,6 +138,7 @@ PARAMETERS, STEPS = {"parameters": last("parameters")}, {"steps": last("steps")}
 FLOPS = {"training, TFLOP": last("flops", 1e-12)}
 SIZE = PARAMETERS | STEPS | FLOPS
 MINUTES, NELBO = {"minutes": last("seconds", 1 / 60)}, {"NELBO, nats": last("nelbo")}
+PAPER_DEPTH = PARAMETERS | FLOPS | NELBO | on("ye2024_test", 20)
 CHOICES = STEPS | NELBO | on("kaggle3m", 5, 20, 81)
 TESTS = {f"{key}, T=34": printed(rf"^held-out {key}.* solved (\S+)%") for key in ("operands", "targets")}
 CD3 = STEPS | FLOPS | MINUTES | TESTS | on("cd3", 1, 8, 34)
@@ -191,6 +192,20 @@ def carry():
 
 def operands(model):
     return f"CD{model['numbers']}, {shape(model)}, d = {model['width']}, lr {model['lr']}"
+
+
+def rates():
+    """The NELBO of the paper's form, and of what is compared with it, after short runs at three rates of Muon."""
+    found = {}
+    for log in ("sudoku-paper-rates", "countdown-paper-rates", "sudoku-paper-depth"):
+        for seeds in runs(log):
+            model = seeds[0]
+            form = f"{model['task']}, {shape(model)}, loss at {model['supervise']} loops, {model['steps']} steps"
+            found.setdefault(form, {})[model["lr"]] = model["nelbo"]
+    columns = (0.02, 0.007, 0.0025)
+    tried = {form: at for form, at in found.items() if 0.007 in at}
+    rows = [(form, *(f"{at[lr]:.1f}" if lr in at else "" for lr in columns)) for form, at in tried.items()]
+    return table(("form", *(f"rate {lr}" for lr in columns)), rows)
 
 
 FORMS = "plain", "our", "LoopMDM's"
@@ -425,6 +440,10 @@ COUNTDOWN_ALL = COUNTDOWN | {
 OPERANDS = [f"countdown-{name}" for name in "3x2 3 4-fast 4-slow 4 4-wide 5".split()]
 LOOPS = {"loops in training": model, "L": "loops", "eps": "eps"}
 TABLES = {
+    "sudoku-paper": lambda: pivot("sudoku-paper", {"set": "file"}, lambda row: True),
+    "countdown-paper": lambda: pivot("countdown-paper", {"set": "file"}, lambda row: True),
+    "sudoku-paper-depth": lambda: compare(runs("sudoku-paper-depth"), PAPER_DEPTH),
+    "paper-rates": rates,
     "sudoku-presets": lambda: compare(runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "K x L"),
     "sudoku-carry": carry,
     "sudoku-carry-loops": lambda: pivot("sudoku-carry sudoku-short", {"examples": model, "L": "loops"}, AT_20),
