@@ -1,14 +1,17 @@
-"""Use a trained model: solve problems, watch them being solved, measure the model.
+"""Use a trained model: solve problems, watch them being solved, or measure the model.
 
     python sample.py sudoku ...6...1..7......8.3.4.1.........6.5.41...3..85...3...2...19...7....8.........976
     python sample.py countdown 35,27,20,42                   # operands, then the target
     python sample.py sudoku puzzles.txt                      # a file of many, or standard input
     python sample.py countdown --show 35,27,20,42            # the denoising, loop by loop and step by step
     python sample.py sudoku --checkpoint runs/sudoku --steps 20 --tries 1 PUZZLE
-    python sample.py sudoku --data puzzles.csv --steps 1,5,20,81    # accuracy on a file
+    python sample.py sudoku --data puzzles.csv --steps 1,5,20,81    # scores on a file
 
-A Sudoku is 81 digits with blanks as 0 . _ or *, on one line or as a drawn grid. Exit code: 0 if every answer
-is right, 1 if one is not, 2 if the input is bad.
+Without --data it *solves*: an answer that breaks the task's rules is tried again, many times. With --data it
+*measures*: one try a problem, unless --tries asks for more.
+
+A Sudoku is 81 digits, with 0 . _ or * for a blank, on one line or drawn as a grid. Exit code: 0 if every answer is
+right, 1 if one is not, 2 if the input is bad.
 """
 
 import argparse
@@ -17,21 +20,131 @@ import os
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import rmdm
 import train_countdown
 import train_sudoku
-from rmdm import MASK, BadInput
+from rmdm import MASK, BadInput, require
 
-# What a task brings: CHARS, LINE, SCORE, AGAIN, parse, read_file, start, judge, check, evaluate, name, draw.
+# What a task brings: CHARS, SCORE, SYMMETRY, read, start, right, check, score, cell_name, draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
-WEIGHTS = {81: "sudoku-long.pt", 4: "countdown-3.pt", 5: "countdown-4.pt"}  # by the length of a problem
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
+
+# The weights of a first try and of further tries, by the length of a problem: 81 cells, or operands and target.
+WEIGHTS = {
+    81: ("sudoku-long.pt", "sudoku-short.pt"),
+    4: ("countdown-3.pt", "countdown-3.pt"),
+    5: ("countdown-4.pt", "countdown-4.pt"),
+}
+# What to do in solving and in measuring: at most how many tries, and the options of rmdm.sample in the first try and in
+# further ones. Chosen on generated problems, see evidence/. A quick first try solves what is easy. For the rest many
+# cheap tries solve more than a few careful ones.
+CHEAP_SUDOKU = dict(loops=32, threshold=0.9, noise=0.2)
+CHEAP_COUNTDOWN = dict(threshold=0.99, order="random", temperature=1.0)
+SOLVE = {
+    "sudoku": dict(tries=256, first=dict(loops=16, threshold=0.99), again=CHEAP_SUDOKU),
+    "countdown": dict(tries=1024, first=dict(threshold=0.99), again=CHEAP_COUNTDOWN),
+}
+MEASURE = {
+    "sudoku": dict(tries=1, first={}, again=CHEAP_SUDOKU),
+    "countdown": dict(tries=1, first={}, again=CHEAP_COUNTDOWN),
+}
+BATCH = {"cpu": 64, "cuda": 1024}  # tries side by side; on a CPU more gain nothing
+
+
+# ---- restarts, eq. (8): ours ----
+
+@dataclass
+class Solved:
+    """What `solve` returns, for P problems."""
+
+    x: np.ndarray  # (P, N) answers: the first right one, else the last
+    right: np.ndarray  # (P,) bool
+    tries: np.ndarray  # (P,) tries that were run
+    first: np.ndarray  # (P,) which try was the first right one; 0 = none
+    steps: np.ndarray  # (P,) denoising steps in all tries
+    loops: np.ndarray  # (P,) loops in all tries
+    traces: list  # if asked for: the denoising steps of the answer, see rmdm.Filled
+    rounds: list  # (tries a problem so far, share solved, seconds so far) after each round
+
+    def scores(self):
+        """Means over the problems, and the share solved within n tries, for n = 1, 2, 4, .."""
+        means = {key: getattr(self, key).mean().item() for key in ("tries", "steps", "loops")}
+        limits = (2**k for k in range(self.rounds[-1][0].bit_length()))
+        return means | {f"within_{n}": (self.right & (self.first <= n)).mean().item() for n in limits}
+
+
+def solve(task, models, problems, tries=1, first={}, again={}, generator=None, trace=False):
+    """Solve problems (P, ..) by rmdm.sample, with restarts: what the task's rules refuse is tried again.
+
+    models        those of the first try and of further tries
+    tries         at most so many
+    first, again  options of rmdm.sample, in the first try and in further tries. Where the task has symmetries (Sudoku),
+                  each further try sees the problem through a random one
+
+    After the first try, problems that are left get several tries in each round, side by side in one batch, since a
+    batch costs hardly more than a single try: 8, then 16, and so on. All tries of a round are counted."""
+    P, batch = len(problems), BATCH[models[0].coords.device.type]
+    require(1 <= tries <= 10**6, "tries is from 1 to a million")
+    out = Solved(np.zeros((P, len(models[0].config.coords)), int), *np.zeros((5, P), int), [None] * P, [])
+    out.right, todo, began = out.right > 0, np.arange(P), time.perf_counter()
+    run = 0  # tries that each problem in `todo` has had
+    bar = tqdm(total=P, desc="solved", unit="problem", leave=False, delay=1)  # delay: in seconds
+    try:
+        while len(todo) and run < tries:
+            k = min(tries - run, 4 << len(out.rounds), max(1, batch // len(todo))) if run else 1
+            for some in np.array_split(todo, range(batch // k, len(todo), batch // k)):
+                rows = some.repeat(k)  # each problem k times
+                symmetry = task.SYMMETRY if run else None
+                options = again if run else first
+                filled = attempt(task, models[run > 0], problems[rows], symmetry, generator, trace, options)
+                x = filled.x.cpu().numpy()
+                good = task.right(problems[rows], x).reshape(-1, k)
+                chosen = np.where(good.any(1), good.argmax(1), k - 1)  # of the k tries of a problem
+                at = np.arange(len(some)) * k + chosen
+                out.x[some], out.right[some] = x[at], good.any(1)
+                out.first[some] = np.where(good.any(1), run + 1 + chosen, 0)
+                out.tries[some] += k
+                for total, new in ((out.steps, filled.steps), (out.loops, filled.loops)):
+                    total[some] += new.cpu().numpy().reshape(-1, k).sum(1)
+                for i, row in zip(some, at) if trace else ():
+                    steps = ({key: value[row] for key, value in step.items()} for step in filled.trace)
+                    out.traces[i] = [step for step in steps if step["loops"]]
+                bar.update(int(good.any(1).sum()))
+            run, todo = run + k, todo[~out.right[todo]]
+            out.rounds.append((run, out.right.mean().item(), time.perf_counter() - began))
+    except KeyboardInterrupt:
+        spent = f"{out.tries.sum():,} tries, {out.loops.sum():,} loops, {time.perf_counter() - began:.1f} s"
+        raise KeyboardInterrupt(f"stopped: {out.right.sum()} of {P} solved after {spent}") from None
+    finally:
+        bar.close()
+    return out
+
+
+def attempt(task, model, problems, symmetry, generator, trace, options):
+    """One try at each of the problems, through a random symmetry if the task has one: rmdm.Filled."""
+    x, editable = task.start(model, problems)
+    if symmetry is None:
+        return rmdm.sample(model, x, editable, generator=generator, trace=trace, **options)
+    source, names = symmetry(len(x), generator, x.device)
+    x, editable = task.picture(x, source, names), editable.gather(1, source)
+    filled = rmdm.sample(model, x, editable, generator=generator, trace=trace, **options)
+    source, names = source.argsort(1), names.argsort(1)  # the way back
+    filled.x = task.picture(filled.x, source, names)
+    for step in filled.trace:
+        step |= {key: step[key].gather(1, source) for key in ("revealed", "sure")}
+        step["x"] = task.picture(step["x"], source, names)
+    return filled
+
+
+# ---- show ----
 
 
 def paint(text, color):
@@ -40,32 +153,6 @@ def paint(text, color):
 
 def sure_color(p):
     return GREEN if p >= 0.9 else YELLOW if p >= 0.5 else RED
-
-
-# ---- solve and show ----
-
-
-def read(task, arguments):
-    """The problems named on the command line, in a file, or on standard input: an array, one a row."""
-    text, where = " ".join(arguments), ""
-    if not arguments or text == "-":
-        where, text = "standard input", (sys.stdin.buffer.read() if sys.stdin else b"").decode("utf-8-sig", "replace")
-    elif os.path.isfile(text):
-        where, text = text, Path(text).read_text("utf-8-sig", "replace")
-    elif re.search(r"[A-Za-z/\\]", text):
-        raise BadInput(f"{text[:80]}: neither a problem nor a file")
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
-    if not where or not any(len(line.strip()) >= task.LINE for _, line in lines):
-        return task.parse("\n".join(line for _, line in lines))[None]  # one, maybe drawn over many lines
-    problems = []
-    for n, line in lines:
-        try:
-            problems.append(task.parse(line))
-            if len(problems[0]) != len(problems[-1]):
-                raise BadInput("not as long as the problems before")
-        except BadInput as e:
-            raise BadInput(f"{where}, line {n}: {e}") from None
-    return np.stack(problems)
 
 
 def side_by_side(*blocks):
@@ -97,7 +184,7 @@ def show_steps(task, editable, trace):
     for k, step in enumerate(trace, 1):
         new = step["revealed"].nonzero()[:, 0].tolist()
         sure, cells = step["sure"].tolist(), [task.CHARS[token] for token in step["x"].tolist()]
-        names = {i: f"{task.name(i, len(cells))}{cells[i]} {100 * sure[i]:.1f}%" for i in new}
+        names = {i: f"{task.cell_name(i, len(cells))}{cells[i]} {100 * sure[i]:.1f}%" for i in new}
         for i in range(len(cells)):
             if i in new:
                 cells[i] = paint(cells[i], f"7;{sure_color(sure[i])}")
@@ -112,44 +199,54 @@ def show_steps(task, editable, trace):
         print("  ".join(best) + (f"  and {len(new) - 4} more" if len(new) > 4 else ""), "\n", flush=True)
 
 
-def solve(task, model, problems, show, **how):
-    """Print the answers to problems (n, ...), 100 at a time; True if all are right."""
-    right, began = 0, time.perf_counter()
-    for some in np.array_split(problems, range(100, len(problems), 100)):
-        x, editable = task.start(model, some)
-        out = rmdm.sample_all(model, x, editable, lambda i, x: task.judge(some[i.tolist()], x), trace=show, **how)
-        for n, answer in enumerate(out.x.cpu().numpy()):
-            if show:
-                show_loops(task, model, x[n], editable[n], how["loops"] or model.config.loops)
-                show_steps(task, editable[n], out.trace[n])
-            wrong = task.check(some[n], answer)
-            right += wrong is None
-            before = [paint(task.CHARS[token], BOLD) for token in x[n].tolist()]
-            after = [paint(task.CHARS[t].strip() or " ", GREEN if e else BOLD) for t, e in zip(answer, editable[n])]
-            grids = [task.draw(before), task.draw(after)]
-            print(side_by_side(*grids) if len(grids[0]) > 1 else grids[1][0])
-            verdict = f"{paint('right', GREEN)}, checked by the rules"
-            if wrong:
-                verdict = f"{paint('not solved', RED)}: {wrong}"
-            print(f"{verdict} (tries: {out.tries[n]}, steps: {out.passes[n]}, loops: {out.nfe[n].sum()})\n")
-    print(f"{right} of {len(problems)} right, {time.perf_counter() - began:.2f} s")
-    return right == len(problems)
+def show(task, model, problems, out, trace, loops):
+    """Print the answers, and with `trace` how they came about: the first step with so many loops, then all steps."""
+    x, editable = task.start(model, problems)
+    for n, answer in enumerate(out.x):
+        if trace:
+            show_loops(task, model, x[n], editable[n], loops)
+            show_steps(task, editable[n], out.traces[n])
+        before = [paint(task.CHARS[token], BOLD) for token in x[n].tolist()]
+        after = [paint(task.CHARS[t].strip() or " ", GREEN if e else BOLD) for t, e in zip(answer, editable[n])]
+        grids = [task.draw(before), task.draw(after)]
+        print(side_by_side(*grids) if len(grids[0]) > 1 else grids[1][0])
+        verdict = f"{paint('right', GREEN)}, checked by the rules"
+        if wrong := task.check(answer, problems[n]):
+            verdict = f"{paint('not solved', RED)}: {wrong}"
+        print(f"{verdict} (tries: {out.tries[n]}, steps: {out.steps[n]}, loops: {out.loops[n]})\n", flush=True)
 
 
 # ---- the command ----
 
 
-def load(args, problem):
-    """The checkpoint as named, or the one that comes along for such a problem, and its model."""
-    checkpoint = args.checkpoint
+def read(task, arguments, path, operands):
+    """What a file, the command line, or standard input holds: problems, solutions, and a count of skipped rows."""
+    text, where = " ".join(arguments), ""
+    if path is not None or os.path.exists(text):
+        where = text if path is None else path
+        text = rmdm.read_text(where)
+    elif not arguments or text == "-":
+        where = "standard input"
+        text = rmdm.read_text(where, sys.stdin.buffer)
+    else:
+        require(not re.search(r"[A-Za-z/\\]", text), f"{text[:80]!r}: neither a problem nor a file")
+    return task.read(text, where, operands)
+
+
+def load(name, checkpoint, length, device):
+    """The models of a first try and of further tries, and the names of their files."""
+    files = [checkpoint] * 2
     if checkpoint is None:
-        if len(problem) not in WEIGHTS:
-            raise BadInput(f"no weights for {len(problem) - 1} operands come along: name your own by --checkpoint")
-        checkpoint = Path(__file__).parent / "weights" / WEIGHTS[len(problem)]
-    return checkpoint, rmdm.load(checkpoint, args.device, args.task)
+        require(length in WEIGHTS, f"no weights for {length - 1} operands come along: name your own by --checkpoint")
+        files = [Path(__file__).parent / "weights" / file for file in WEIGHTS[length]]
+    task, models = TASKS[name], {file: rmdm.load(file, device, name) for file in files}
+    for file, model in models.items():
+        shape = model.config.vocab, len(model.config.coords)
+        require(shape[0] == len(task.CHARS) and shape[1] in task.LENGTHS, f"{file}: (V, N) = {shape} are not {name}'s")
+    return [models[file] for file in files], [str(file) for file in files]
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,56 +256,96 @@ def main():
     add("--checkpoint", metavar="FILE_OR_RUN", help="default: the weights that come with this repository")
     add("--show", action="store_true", help="show the denoising: one step loop by loop, then step by step")
     add("--steps", metavar="T,..", help="denoising steps; default: as many as there are positions")
-    add("--loops", type=int, metavar="L", help="loops in each step; default: as trained")
-    add("--eps", type=float, default=0.0, help="stop looping when h changes by a smaller share, say 0.1")
-    add("--order", choices=rmdm.ORDERS, default="confidence")
-    add("--threshold", type=float, help="reveal all that is at least so sure; default: 0.99 (none with --data)")
-    add("--temperature", type=float, help="of the tokens drawn; default: 1 if ancestral, else 0")
-    add("--tries", type=int, help="try again what the rules refuse; default: 32 (1 with --data)")
-    add("--noise", type=float, help="on h^0, in all tries but the first; default: 0.2 (Countdown: 0)")
+    add("--loops", type=int, metavar="L", help="loops in each step; default: as trained, or what solves most")
+    add("--eps", type=float, help="stop looping when h changes by a smaller share, say 0.1")
+    add("--order", choices=rmdm.ORDERS, help="which tokens are revealed first; default: confidence")
+    add("--threshold", type=float, help="reveal all that is at least so sure (none with --data, unless given)")
+    add("--temperature", type=float, help="of the tokens drawn")
+    add("--tries", type=int, help="try again what the rules refuse; default: 256, Countdown 1024, with --data 1")
+    add("--noise", type=float, help="on h^0, in all tries but the first; default: 0.2, Countdown 0")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--data", metavar="FILE", help="measure on this file instead")
     add("--json", action="store_true", help="with --data: one JSON object a line")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     args = parser.parse_intermixed_args()
-    args.device, task = rmdm.pick_device(args.device), TASKS[args.task]
     if args.steps is not None and not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", args.steps):
         raise BadInput(f"--steps is a number, or several with commas, not {args.steps[:40]!r}")
-    if not 0 <= args.seed < 2**32 or not 0 <= (args.noise or 0) < float("inf"):
-        raise BadInput("--seed is from 0 to below 2**32, --noise at least 0")
-    steps = [int(T) for T in args.steps.split(",")] if args.steps else []
-    if args.data is None:  # for solving, what solves most in seconds; measuring is of one careful try unless asked
-        args.tries = 32 if args.tries is None else args.tries
-        args.threshold = 0.99 if args.threshold is None and args.order != "ancestral" else args.threshold
-    how = {name: getattr(args, name) for name in ("loops", "eps", "order", "threshold", "temperature")}
-    how |= dict(tries=1 if args.tries is None else args.tries)
-    how["again"] = task.AGAIN | ({} if args.noise is None else dict(noise=args.noise))
-    generator = torch.Generator(args.device)
+    require(0 <= args.seed < 2**32, "--seed is from 0 to below 2**32")
     if args.data is None:
-        if args.json or len(steps) > 1:
-            raise BadInput("--json and several --steps need --data")
-        problems = read(task, args.problem)
-        _, model = load(args, problems[0])
-        steps = steps[0] if steps else len(model.config.coords)
-        how |= dict(steps=steps, generator=generator.manual_seed(args.seed))
-        return 0 if solve(task, model, problems, args.show, **how) else 1
-    if args.problem or args.show:
-        raise BadInput("--data takes no problem and no --show")
-    rows = list(task.read_file(args.data))
-    if not rows:
-        raise BadInput(f"{args.data}: no problem in it")
-    problems, solutions = (np.array(part) for part in zip(*rows))
-    checkpoint, model = load(args, problems[0])
-    for T in steps or [len(model.config.coords)]:  # for each the generator anew: no score depends on another
-        score = task.evaluate(model, problems, solutions, steps=T, generator=generator.manual_seed(args.seed), **how)
-        about = dict(file=args.data, checkpoint=str(checkpoint), steps=T) | how
-        about |= dict(loops=args.loops or model.config.loops, max_tries=how["tries"]) | score
+        require(not args.json and "," not in (args.steps or ""), "--json and several --steps need --data")
+    else:
+        require(not args.problem and not args.show, "--data takes no problem and no --show")
+    return args
+
+
+def settings(args):
+    """How to solve or to measure: the defaults, and in all tries what the command line gives."""
+    chosen = (SOLVE if args.data is None else MEASURE)[args.task]
+    tries = chosen["tries"] if args.tries is None else args.tries
+    names = "loops", "eps", "order", "threshold", "temperature"
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    first, again = chosen["first"], chosen["again"]
+    if args.checkpoint is not None:  # the default loops are those of the weights that come along
+        first, again = ({key: x for key, x in part.items() if key != "loops"} for part in (first, again))
+    if args.order == "ancestral" and args.threshold is None:
+        given["threshold"] = None
+    noise = {} if args.noise is None else dict(noise=args.noise)
+    return dict(tries=tries, first=first | given, again=again | given | noise)
+
+
+def main():
+    args = parse()
+    device, task = rmdm.pick_device(args.device), TASKS[args.task]
+    rmdm.set_threads(training=False)
+    how, generator, models = settings(args), torch.Generator(device), None
+    if args.checkpoint is not None:
+        models, files = load(args.task, args.checkpoint, None, device)
+    operands = task.LENGTHS[len(models[0].config.coords)] if models else None
+    problems, solutions, skipped = read(task, args.problem, args.data, operands)
+    rmdm.tell_skipped(skipped)
+    if not models:
+        models, files = load(args.task, None, len(problems[0]), device)
+    N = len(models[0].config.coords)
+    steps = [int(T) for T in args.steps.split(",")] if args.steps else [N]
+    if args.data is None:
+        return solve_and_show(task, models, problems, steps[0], generator.manual_seed(args.seed), args.show, how)
+    measure(task, models, files, problems, solutions, steps, generator, args, how)
+
+
+def with_steps(how, T):
+    return how | {part: how[part] | dict(steps=T) for part in ("first", "again")}
+
+
+def solve_and_show(task, models, problems, T, generator, trace, how):
+    """Solve the problems, some at a time, and print the answers. Returns the exit code."""
+    right, began = 0, time.perf_counter()
+    for some in np.array_split(problems, range(100, len(problems), 100)):
+        out = solve(task, models, some, generator=generator, trace=trace, **with_steps(how, T))
+        show(task, models[0], some, out, trace, how["first"].get("loops", models[0].config.loops))
+        right += out.right.sum()
+    print(f"{right} of {len(problems)} right, {time.perf_counter() - began:.2f} s")
+    return 0 if right == len(problems) else 1
+
+
+def measure(task, models, files, problems, solutions, steps, generator, args, how):
+    """Print the scores of a file, one line for each number of steps."""
+    unknown = int((~solutions.reshape(len(problems), -1).any(1)).sum())
+    if unknown and task is train_sudoku:
+        print(f"{unknown} of {len(problems)} solutions are not known: exact and cell leave them out", file=sys.stderr)
+    for T in steps:  # for each the generator anew: no score depends on another
+        began = time.perf_counter()
+        generator.manual_seed(args.seed)
+        out = solve(task, models, problems, generator=generator, **with_steps(how, T))
+        score = dict(n=len(problems)) | task.score(problems, solutions, out.x) | out.scores()
+        score["seconds"] = time.perf_counter() - began
         if args.json:
-            print(json.dumps(about, default=lambda f: f.__name__), flush=True)
+            about = dict(file=args.data, checkpoint=files, T=T, max_tries=how["tries"], seed=args.seed)
+            about |= {part: how[part] for part in ("first", "again")} | dict(device=str(models[0].coords.device))
+            print(json.dumps(about | score | dict(rounds=out.rounds)), flush=True)
             continue
         keys = [key for key in (task.SCORE, "valid", "within_1", "cell") if score.get(key) is not None]
         shares = [f"{key} {100 * score[key]:.1f}%" for key in keys]
-        cost = f"tries {score['tries']:.2f}  nfe {score['nfe']:.1f}  {score['seconds']:.1f} s"
+        cost = f"tries {score['tries']:.2f}  loops {score['loops']:.1f}  {score['seconds']:.1f} s"
         print("  ".join([args.data, f"T={T}", f"n={score['n']}", *shares, cost]), flush=True)
 
 

@@ -1,86 +1,70 @@
 """Sudoku with recursive masked diffusion: rules, data, evaluation, training.
 
-    python train_sudoku.py                              # generates puzzles, trains, evaluates; GPU if there is one
+    python train_sudoku.py                              # generates puzzles, trains, evaluates
+    python train_sudoku.py --paper                      # the paper's form: nothing of ours
+    python train_sudoku.py --preset long                # the stronger model; the default on a GPU
     python train_sudoku.py --resume                     # goes on where an interrupted run stopped
-    python train_sudoku.py --preset long                # the stronger model, in an hour and a half
-    python train_sudoku.py --paper                      # the paper's form: of ours only the optimizer
-    python train_sudoku.py --data sudoku.csv            # trains on a published file, not generated puzzles
+    python train_sudoku.py --data sudoku.csv            # trains on the puzzles of a file
     python train_sudoku.py --set width=128 steps=3000   # fields of rmdm.Config and rmdm.TrainConfig
 
-A board is 81 tokens, row by row: the digits are their own ids and a blank is MASK = 0, so that
+Every 1,000 steps it prints scores on held-out puzzles: the bound of eq. (3), in nats (`nelbo`), and the share that
+is solved in one step (`exact_T1`) and in twenty (`exact_T20`). At the end it prints a table of the share that is
+solved, by the number of loops and of steps, and a command that solves a puzzle.
+
+A board is 81 tokens, row by row. The digits are their own ids, and a blank is MASK = 0. So
 
     "530070000..."  ->  5 3 0 0 7 0 0 0 0 ...
 
-is at once a puzzle and a diffusion state. Clues are never editable; the blanks of the puzzle are.
-Data: puzzles with exactly one solution that lose it with any clue fewer ("minimal"), generated here with
-NumPy. Masking only their blanks keeps every state of the forward process a puzzle with one solution.
+is at once a puzzle and a state of the diffusion. Clues are never editable; the blanks of the puzzle are.
+The puzzles are generated here, with NumPy. Each has exactly one solution, and would have several with any clue
+fewer ("minimal"). Only blanks are masked, so every state of the forward process still has exactly one solution.
 """
 
-import argparse
-import csv
+
 import itertools
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import rmdm
-from rmdm import MASK, BadInput
+from rmdm import MASK, BadInput, require
 
 ROW = np.arange(81) // 9
 COL = np.arange(81) % 9
 BOX = ROW // 3 * 3 + COL // 3
 UNITS = np.array([np.flatnonzero(kind == i) for kind in (ROW, COL, BOX) for i in range(9)])  # (27, 9)
-COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # three axes: our choice, see rmdm.Config
+COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # ours: three coordinates a cell, see rmdm.Config
 CHARS = ".123456789"  # a token's character
-SCORE = "exact"  # the main one of those that `evaluate` returns
-LINE = 81  # characters of a puzzle on one line; shorter lines are those of a drawn grid
+SCORE = "exact"  # the main one of those that `score` returns
+LENGTHS = {81: None}  # the lengths that a sequence may have
 
 # ---- 1. Rules ----
 
 
-def parse(text):
-    """81 digits, with 0 . _ or * for a blank, to (81,) uint8. White space and lines of a drawn grid are
-    ignored. Raises BadInput for another length or character, or clues that break a rule."""
-    text = re.sub(r"[\s|+\-\u2500-\u257f]", "", text)
-    wrong = re.search(r"[^0-9._*]", text)
-    if wrong:
-        raise BadInput(f"{wrong[0]!r} at cell {wrong.start() + 1} is neither a digit nor a blank (0 . _ *)")
-    if len(text) != 81:
-        raise BadInput(f"a puzzle has 81 cells, this one {len(text)}" + " (several? one a line)" * (len(text) > 161))
-    board = np.frombuffer(re.sub("[._*]", "0", text).encode(), np.uint8) - 48
-    if (broken := conflict(board)) is not None:
-        raise BadInput(broken)
-    return board
-
-
-def conflict(board):
-    """The first rule that a board (81,) with blanks breaks, in words, or None."""
+def check(board, puzzle=None):
+    """The first mistake in a board (81,), in words, or None. Blanks are no mistake unless a puzzle (81,) is given:
+    then all cells must be filled, and all clues kept."""
     for u, cells in enumerate(UNITS):
         counts = np.bincount(board[cells], minlength=10)[1:]
         if counts.max() > 1:
             return f"{('row', 'column', 'box')[u // 9]} {u % 9 + 1} has the digit {counts.argmax() + 1} twice"
+    if puzzle is not None and not (board != MASK).all():
+        return f"{(board == MASK).sum()} cells are empty"
+    if puzzle is not None and ((puzzle != MASK) & (puzzle != board)).any():
+        return "a clue is changed"
 
 
-def accept(puzzles, boards):
-    """Whether boards (n, 81) solve puzzles (n, 81), (n,) bool: all nine digits in every unit, no clue changed."""
+def right(puzzles, boards):
+    """Whether boards (n, 81) solve puzzles (n, 81): all nine digits in every unit, no clue changed. (n,) bool."""
     full = (np.sort(boards[:, UNITS], -1) == np.arange(1, 10)).all((1, 2))
     return full & ((puzzles == MASK) | (puzzles == boards)).all(1)
 
 
-def check(puzzle, board):
-    """What is wrong with an answer (81,), in words; None if nothing is."""
-    if accept(puzzle[None], board[None])[0]:
-        return None
-    return conflict(board) or f"{(board == MASK).sum()} cells are empty, or a clue is changed"
-
-
-def name(cell, N=81):
+def cell_name(cell, N=81):
     """What to call a cell: r1c1= to r9c9=."""
     return f"r{cell // 9 + 1}c{cell % 9 + 1}="
 
@@ -93,13 +77,21 @@ def draw(cells):
 
 
 # ---- 2. Generator: thousands of boards in lockstep ----
-# A board is a column of c (81, n) uint16: for each cell the set of its possible digits, one bit a digit.
+# A board is a column of c (81, n) uint16. A number is the set of digits that are still possible in a cell, one bit a
+# digit:
+#     digit    9 8 7 6 5 4 3 2 1
+#     511      1 1 1 1 1 1 1 1 1   nothing is known
+#     20       0 0 0 0 1 0 1 0 0   it is 3 or 5
+#     4        0 0 0 0 0 0 1 0 0   it is 3
 
 COUNT = np.array([bin(i).count("1") for i in range(512)], np.uint8)
 
 
 def deduce(c):
-    """One round of naked and hidden singles: (new c, (n,) bool False where a unit has no place for a digit)."""
+    """One round of two rules: a digit that is known is impossible elsewhere in its row, column and box (naked single),
+    and a digit that has one place left in one of them is there (hidden single).
+
+    Returns the new c, and (n,) bool: False where some digit has no place left, so that there is no solution."""
     single = np.where(c & (c - np.uint16(1)), np.uint16(0), c)
     fixed = np.bitwise_or.reduce(single[UNITS], axis=1)
     c = np.where(single, c, c & ~(fixed[ROW] | fixed[9 + COL] | fixed[18 + BOX]))
@@ -159,7 +151,7 @@ def search(c):
 def generate(n, seed):
     """n minimal puzzles with exactly one solution: puzzles, solutions (n, 81) uint8. About 600 a second."""
     rng, done = np.random.default_rng(seed), []
-    with tqdm(total=n, desc="generating puzzles", unit="puzzle", dynamic_ncols=True) as bar:
+    with rmdm.progress(total=n, desc="generating puzzles", unit="puzzle") as bar:
         for start in range(0, n, 1024):
             m = min(1024, n - start)
             grid = fill(m, rng)
@@ -214,44 +206,104 @@ def generated(n, seed, folder="data"):
         raise BadInput(f"{e}; delete the file, and it is made again") from None
 
 
-# ---- 3. Published files ----
-
-PUZZLE, SOLUTION = ("puzzle", "quizzes", "question"), ("solution", "solutions", "answer")  # names of columns
+# ---- 3. Files ----
 
 
-def read_file(path):
-    """Yield (puzzle (81,), solution (81,)) for each row of a file.
+BLANKS = "._*?xX\u00b7-"  # besides 0. The last five are blanks only where a line or grid then has exactly 81 cells
+CELL, WORD = f"[0-9{BLANKS}]", f"[\\w{BLANKS}]+"  # a word is made of cells, or it is text
+ODD = f"[^0-9{BLANKS}]"  # a character that is no cell
+PIECE = f"({CELL}|{CELL}{{3}}|{CELL}{{9}})"  # a cell, three, or a row: the pieces that drawn puzzles and lists have
+APART = re.compile(f"(?<![\\w{BLANKS}]){PIECE}[^\\w{BLANKS}]+(?={PIECE}(?!{WORD}))")  # a piece and what follows it
 
-    Reads csv with a header, Kaggle 1M (quizzes,solutions) and 3M (puzzle,solution, ..), sudoku-extreme (question,
-    answer, ..), and rows without one: a puzzle of 81 characters and, maybe, its solution. A solution that the file
-    lacks is all MASK. Raises BadInput with the number of a bad line."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
-    columns, known = {}, dict(puzzle=PUZZLE, solution=SOLUTION)
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip() or line.startswith("#"):
+
+def fields_in(word):
+    """The fields of 81 cells in a word, mostly one or none. Raises BadInput for what looks like a damaged one."""
+    if len(word) < 20 or not re.search("[0-9.]", word):  # text, or part of a border
+        return []
+    if fields := [run for run in re.findall("[0-9._*]+", word) if len(run) == 81]:
+        return fields
+    odd = list(re.finditer(ODD, word))
+    if len(word) == 81 and odd:
+        raise BadInput(f"{odd[0][0]!r} at cell {odd[0].start() + 1} is neither a digit nor a blank (0 . _ *)")
+    if len(word) == 81:
+        return [word]
+    half = len(word) > 40 and len(odd) < 4 or re.search(CELL + "{41}", word)  # a hash has more letters
+    if half or re.fullmatch("[0-9._*]+", word) and not re.fullmatch("[0-9]+[.][0-9]+", word):
+        lost = " (leading zeros lost?)" * bool(re.fullmatch("(?=.{41,80}$)[1-9]+0[0-9]*", word))
+        raise BadInput(f"a field of {len(word)} cells, not 81{lost}: {word[:40]!r}")
+    return []
+
+
+def scan(line):
+    """The cells in a line, and what they are: "fields" of 81 cells, a "row" of a drawn grid, a "number", other
+    "text", or a "border"."""
+    if number := re.search(r"[0-9]([.,][0-9]{1,20})?[eE]\+[4-8][0-9]", line):
+        raise BadInput(f"{number[0]!r} is what a spreadsheet makes of 81 digits")
+    for line in (line, APART.sub(r"\1", line)):  # as it is; then without what stands between single cells
+        words = re.findall(WORD, line)
+        if fields := [field for word in words for field in fields_in(word)]:
+            return fields, "fields"
+    rows = [word for word in words if not re.search(ODD, word)]
+    if len(rows) < len(words):  # beside text only what is plainly drawn is a row: 12.3.2024 is none
+        rows = [row for row in rows if len(row) == 9 and re.search(r"[\[{|]", line)]
+        return (rows[0], "row") if rows else ("", "text")
+    cells = "".join(rows)
+    if not re.search("[0-9.]", cells):
+        return cells, "row" if len(cells) == 9 and "+" not in line else "border"
+    if len(cells) == 81:
+        return [cells], "fields"
+    require(len(cells) <= 9, f"a puzzle has 81 cells, a row of a drawn one 9, this line {len(cells)}")
+    return cells, "row" if len(cells) == 9 else "number"
+
+
+def read(text, where="", operands=None):
+    """The puzzles and solutions (n, 81) uint8 in a text, unknown solutions all 0. And {}: no row is skipped.
+
+    A puzzle is a field of 81 cells, and its solution a second one in the same line. Or a puzzle is drawn as nine
+    rows of nine cells. What else stands in the text does not matter. Raises BadInput, with the number of the line,
+    for a damaged puzzle and a wrong solution; and if there is no puzzle."""
+    text, found, grid, number = re.sub("\r\n?", "\n", text), [], [], 0
+    # A file of SadMan Sudoku has the puzzle once more, as its player left it.
+    text = re.sub(r"(?im)^\[state\][^\[]*", lambda part: "\n" * part[0].count("\n"), text)
+    try:
+        for n, line in enumerate([*text.split("\n"), "the end"], 1):
+            cells, kind = ("", "border") if line.lstrip().startswith("#") else scan(line)
+            if kind in ("row", "border"):
+                grid += [(n, cells)] * (kind == "row")
                 continue
-            try:
-                row = next(csv.reader([line], strict=True))  # line by line: an open quote cannot swallow the next
-                if not columns:
-                    columns = {kind: i for kind, names in known.items() for i, x in enumerate(row) if x in names}
-                    header, width = bool(columns), len(row)
-                    columns = columns or dict(zip(("puzzle", "solution"), range(width)))
-                    if "puzzle" not in columns:
-                        raise BadInput(f"no column called {' or '.join(PUZZLE)}")
-                    if header:
-                        continue
-                if len(row) != width:
-                    raise BadInput(f"{len(row)} fields, not {width}")
-                puzzle, solution = parse(row[columns["puzzle"]]), np.zeros(81, np.uint8)
-                if "solution" in columns:
-                    solution = parse(row[columns["solution"]])
-                    if wrong := check(puzzle, solution):
-                        raise BadInput(f"the solution is wrong: {wrong}")
-            except (BadInput, csv.Error) as e:
-                raise BadInput(f"{path}, line {number}: {e}") from None
-            yield puzzle, solution
+            # Anything else ends a grid. Nine - are a row of it only if - stands for a blank in other rows, too.
+            blanks = {cell for _, row in grid if re.search("[0-9.]", row) for cell in row}
+            rows, grid = [row for row in grid if blanks.issuperset(row[1])], []
+            if len(rows) % 9:
+                n = rows[len(rows) // 9 * 9][0]
+                raise BadInput(f"a grid of {len(rows) % 9} rows, not 9")
+            found += [(rows[i][0], "".join(row for _, row in rows[i : i + 9]), "") for i in range(0, len(rows), 9)]
+            number = n if kind == "number" else number * (kind == "text" and not rows)  # a heading, if rows follow
+            if kind == "fields":
+                cells.sort(key=lambda field: not re.search("[^1-9]", field))  # the one with blanks is the puzzle
+                two = len(cells) < 3 and not re.search("[^1-9]", "".join(cells[1:]))
+                require(two, f"{len(cells)} fields of 81 cells that are not one puzzle and its solution")
+                found.append((n, *cells, "")[:3])
+        n = number
+        require(not number, "too few cells for a puzzle (is the text cut off?)")
+        numbers, *fields = zip(*found or [(0, "", "")])
+        puzzles, solutions = ("".join(field or "0" * 81 for field in part) for part in fields)
+        zeros = str.maketrans(BLANKS, "0" * len(BLANKS))
+        puzzles, solutions = (
+            np.frombuffer(part.translate(zeros).encode(), np.uint8).reshape(-1, 81) - 48
+            for part in (puzzles, solutions)
+        )
+        for i in range(0, len(found), 4096):  # some at a time, to save memory
+            p, s = puzzles[i : i + 4096], solutions[i : i + 4096]
+            unit = np.sort(p[:, UNITS], -1)
+            twice = ((unit[..., 1:] == unit[..., :-1]) & (unit[..., 1:] != MASK)).any((1, 2))
+            for k in np.flatnonzero(twice | s.any(1) & ~right(p, s))[:1]:
+                n = numbers[i + k]
+                raise BadInput(check(p[k]) or f"the solution is wrong: {check(s[k], p[k])}")
+    except BadInput as e:
+        raise BadInput(f"{where}, line {n}: {e}" if where else str(e)) from None
+    require(found, f"{where}: no puzzle in it" if where else "no puzzle in it")
+    return puzzles, solutions, {}
 
 
 # ---- 4. Training batches and evaluation ----
@@ -272,7 +324,12 @@ def symmetry(n, generator=None, device=None):
     return source, F.pad(rand(n, 9).argsort(1) + 1, (1, 0))  # MASK stays MASK
 
 
-AGAIN = dict(noise=0.2, symmetry=symmetry)  # in further tries, eq. (8)
+def picture(x, source, names):
+    """Boards x (n, 81) seen through a symmetry: the token names[x[source[i]]] in cell i."""
+    return names.gather(1, x.gather(1, source))
+
+
+SYMMETRY = symmetry  # for restarts, see sample.solve
 
 
 def batches(puzzles, solutions, device):
@@ -282,7 +339,7 @@ def batches(puzzles, solutions, device):
     def batch(n, generator):
         i = torch.randint(boards.shape[1], (n,), generator=generator, device=device)
         drawn = symmetry(n, generator, device)
-        puzzle, x0 = (rmdm.picture(x, *drawn) for x in boards[:, i].long())
+        puzzle, x0 = (picture(x, *drawn) for x in boards[:, i].long())
         return x0, puzzle == MASK
 
     return batch
@@ -294,86 +351,105 @@ def start(model, puzzles):
     return x, x == MASK
 
 
-def judge(puzzles, x):
-    """For the restarts of rmdm.sample_all: which of the answers x (n, 81) solve puzzles (n, 81), (n,) bool."""
-    return accept(puzzles, x.cpu().numpy())
+def score(puzzles, solutions, boards):
+    """Scores of the answers `boards` to `puzzles`, both (n, 81): `valid`, the share that keeps all rules and clues;
+    over the rows whose solution is known (not all 0), `exact`, the share with all 81 cells right, and `cell`, the
+    share of the blanks that is right; None if no solution is known."""
+    found = dict(valid=right(puzzles, boards).mean().item(), exact=None, cell=None)
+    known = solutions.all(1)
+    if known.any():
+        same, blank = (boards == solutions)[known], (puzzles == MASK)[known]
+        found |= dict(exact=same.all(1).mean().item(), cell=(same & blank).sum().item() / max(blank.sum().item(), 1))
+    return found
 
 
-def evaluate(model, puzzles, solutions, **how):
-    """Solve puzzles (n, 81) with rmdm.sample_all(**how) and score. Returns a dict of means: `exact`, all 81 right, and
-    `cell`, the share of the blanks that is right, both None without solutions; `valid`, rules and clues hold; those of
-    Filled.scores; and n and `seconds` in all."""
-    began, blank = time.perf_counter(), puzzles == MASK
-    out = rmdm.sample_all(model, *start(model, puzzles), lambda i, x: judge(puzzles[i.tolist()], x), **how)
-    right, known = out.x.cpu().numpy() == solutions, (solutions != MASK).all()
-    return dict(
-        n=len(puzzles),
-        exact=right.all(1).mean().item() if known else None,
-        valid=out.right.double().mean().item(),
-        cell=(1 - (~right & blank).sum(1) / blank.sum(1).clip(min=1)).mean().item() if known else None,
-        **out.scores(),
-        seconds=time.perf_counter() - began,
-    )
+def evaluate(model, puzzles, solutions, **options):
+    """One try at each puzzle (n, 81), in batches that fit a cache; options as in rmdm.sample. Returns `score`."""
+    parts = zip(*(part.split(128) for part in start(model, puzzles)))
+    boards = torch.cat([rmdm.sample(model, *part, **options).x for part in parts])
+    return score(puzzles, solutions, boards.cpu().numpy())
 
 
 # ---- 5. The command ----
 
-OURS = rmdm.Config(10, COORDS, loops=16, inject=True, coord_bias=True)
-PRESETS = {  # the model, the training and the number of puzzles; short and long chosen by measurement, see evidence/
-    "short": (OURS, rmdm.TrainConfig(steps=4400, grad_loops=8, carry=64), 10_000),  # 11 minutes of one core
-    "long": (replace(OURS, width=128, heads=4), rmdm.TrainConfig(steps=18_000, grad_loops=8, carry=64), 50_000),  # 93
-    "paper": (rmdm.Config(10, 81, loops=8, time=True), rmdm.TrainConfig(steps=5200), 10_000),  # 23 minutes
+OURS = rmdm.Config(10, COORDS, loops=16, time=False, inject=True, coord_bias=True)
+CARRY = rmdm.TrainConfig(grad_loops=8, carry=64)
+PRESETS = {  # the model, the training, and the number of puzzles; chosen by measurement, see evidence/
+    "paper": (rmdm.Config(10, 81), rmdm.TrainConfig(steps=5200), 10_000),
+    "short": (OURS, replace(CARRY, steps=4400), 10_000),
+    "long": (replace(OURS, width=128, heads=4), replace(CARRY, steps=18_000), 50_000),
 }
 HELD_OUT = 256  # puzzles kept for evaluation: a standard error of two to three points
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, help="default: short, on a GPU long; paper: the paper's form")
-    add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
-    add("--puzzles", type=int, help="to train on; symmetries make many of each (default: 10000, or 50000 if long)")
-    add("--data", metavar="FILE", help="a published file to take them from; default: they are generated")
-    add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
-    add("--out", metavar="RUN", default="runs/sudoku", help="a new folder for the run (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in that folder; other options as before")
-    args = parser.parse_args()
-    device = rmdm.pick_device(args.device)
+def chosen(args, device):
+    """The settings that the command line asks for: (config, training, about)."""
     config, training, count = PRESETS[args.preset or ("long" if device.type == "cuda" else "short")]
     config, training = rmdm.override(args.set, config, replace(training, seed=args.seed))
     count = count if args.puzzles is None else args.puzzles
-    if not 1 <= count <= 10**9:
-        raise BadInput("--puzzles is from 1 to a billion")
-    about = dict(task="sudoku", seed=args.seed, data=args.data, puzzles=count)
-    rmdm.begin(args.out, config, training, about, args.resume)
-    if args.data is not None:
-        rows = list(itertools.islice(read_file(args.data), count + HELD_OUT))
-        if len(rows) <= HELD_OUT or not all(solution.all() for _, solution in rows):
-            raise BadInput(f"{args.data}: training needs more than {HELD_OUT} puzzles, with solutions")
-        puzzles, solutions = (np.array(part) for part in zip(*rows))
+    require(1 <= count <= 10**9, "--puzzles is from 1 to a billion")
+    return config, training, dict(task="sudoku", data=args.data, puzzles=count)
+
+
+def data(about, seed):
+    """Puzzles and solutions to train on, and the same to test on, as `about` says."""
+    count = about["puzzles"] + HELD_OUT
+    if about["data"] is None:
+        puzzles, solutions = generated(count, seed)
     else:
-        puzzles, solutions = generated(count + HELD_OUT, args.seed)
+        text = rmdm.read_text(about["data"])
+        rmdm.same_data(about, text)
+        puzzles, solutions, _ = read(text, about["data"])
+        known = np.flatnonzero(solutions.all(1))  # in a random order, since files are often sorted by difficulty
+        rows = np.random.default_rng(seed).permutation(known)[:count]
+        require(len(rows) > HELD_OUT, f"{about['data']}: training needs over {HELD_OUT} puzzles with their solutions")
+        puzzles, solutions = puzzles[rows], solutions[rows]
     seen, test = split(puzzles, solutions, HELD_OUT)
+    left_out = len(puzzles) - HELD_OUT - len(seen[0])
+    why = f"{left_out:,} left out, since their solution is a held-out one but for symmetry"
+    require(len(seen[0]), f"no puzzle is left to train on: {why}")
+    print(f"{len(seen[0]):,} puzzles to train on, {HELD_OUT} held out to test" + f"; {why}" * (left_out > 0))
+    return seen, test
+
+
+def report(model, test):
+    """Print what the model solves of the held-out puzzles, by loops and steps."""
+    print(f"solved, % of {len(test[0])} held-out puzzles, by loops L and steps T (the last with threshold 0.99)")
+    for L in (model.config.loops, 2 * model.config.loops):
+        print(f"  L={L:<3}", end="", flush=True)
+        for T in (1, 5, 20, 81):
+            share = evaluate(model, *test, steps=T, loops=L, threshold=0.99 if T == 81 else None)["exact"]
+            print(f"   T={T} {100 * share:.1f}", end="", flush=True)
+            if T == 20 and not share:  # 81 steps would take long, and solve nothing
+                break
+        print()
+        if not share:
+            break
+
+
+def main():
+    parser = rmdm.training_parser(__doc__, PRESETS, "runs/sudoku")
+    parser.add_argument("--puzzles", type=int, help="to train on (default: 10000; long: 50000)")
+    args = parser.parse_args()
+    device = rmdm.pick_device(args.device)
+    rmdm.set_threads(training=True)
+    settings = rmdm.resumed_settings(parser, args) if args.resume else chosen(args, device)
+    config, training, about = settings
+    rmdm.begin(args.out, *settings, resume=args.resume)
+    seen, test = data(about, training.seed)
+    x0, blank = (torch.from_numpy(part).to(device) for part in (test[1].astype(int), test[0] == MASK))
     few = [part[:128] for part in test]
-    x0, blank = torch.from_numpy(test[1]).long().to(device), torch.from_numpy(test[0] == MASK).to(device)
 
     def monitor(model):
         bound = rmdm.nelbo(model, x0, blank, generator=torch.Generator(device).manual_seed(0)).mean().item()
         return dict(nelbo=bound) | {f"exact_T{T}": evaluate(model, *few, steps=T)["exact"] for T in (1, 20)}
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(training.seed)
     model = rmdm.RMDM(config).to(device)
-    model = rmdm.train(model, training, batches(*seen, device), monitor, args.out, about, args.resume)
-    print(f"exact, % of {HELD_OUT} held-out puzzles, by loops L and steps T; the last with threshold 0.99")
-    for L in (config.loops, 2 * config.loops):
-        hows = [(T, dict(steps=T, threshold=0.99 if T == 81 else None, loops=L)) for T in (1, 5, 20, 81)]
-        shares = [f"T={T} {100 * evaluate(model, *test, **how)['exact']:.1f}" for T, how in hows]
-        print(f"  L={L:<3} {'   '.join(shares)}", flush=True)
-    puzzle = "".join(map(str, test[0][0])).replace("0", ".")
+    batch = batches(*seen, device)
+    model = rmdm.train_in(args.out, model, training, batch, monitor, about=about, resume=args.resume)
+    report(model, test)
+    puzzle = "".join(CHARS[digit] for digit in test[0][0])
     print(f"\nsolve one that it has never seen:\n  python sample.py sudoku --checkpoint {args.out} {puzzle}")
 
 

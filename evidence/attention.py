@@ -18,11 +18,11 @@ layers before them, with loop 0, and "tail" for those that read h^l off.
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from noise import held_out
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rmdm
@@ -33,12 +33,21 @@ SHARES = (0.3, 0.5, 0.7, 0.9, 1.0)
 FORM = ("head_layers", "layers", "tail_layers", "loops", "inject")
 
 
-def attention(layer, h, same):
+def held_out(task, path, model):
+    """The problems, with solutions, that the training of `model`, read from `path`, tested on, and its seed."""
+    path = Path(path)
+    seed = rmdm.read(path / "checkpoint.pt" if path.is_dir() else path)["train"]["seed"]
+    with redirect_stdout(sys.stderr):  # standard output is for JSON
+        _, test = task.data(model.about, seed)
+    return *(test if task is train_sudoku else test["held-out operands"]), seed
+
+
+def attention(layer, h):
     """The probabilities (B, heads, N, N) by which a layer called with h (B, N, d) weights its values."""
     B, N, d = h.shape
     q, k, _ = layer.qkv(layer.norm1(h)).view(B, N, 3, layer.heads, d // layer.heads).permute(2, 0, 3, 1, 4)
     a = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    return (a if layer.bias is None else a + (layer.bias * same).sum(1)).softmax(-1)
+    return (a if layer.bias is None else a + (layer.bias * layer.same).sum(1)).softmax(-1)
 
 
 def by_loop(model, x0, editable, t, loops, unit=None):
@@ -64,12 +73,15 @@ def by_loop(model, x0, editable, t, loops, unit=None):
         seen.clear()
 
     hooks = [layer.register_forward_hook(watch) for layer in (*model.head, *model.block, *model.tail)]
-    for l, h in enumerate(model.states(x_t, t, loops)):
-        if l:
-            row("loop", l)
-            rows[-1]["ce"] = F.cross_entropy(model.decode(h)[masked], x0[masked]).item()
+    h = h0 = model.encode(x_t, t)
+    if seen:
+        row("head", 0)
+    for l in range(1, loops + 1):
+        h = model.loop(h, h0, torch.full((len(x0),), l), t)
+        row("loop", l)
+        rows[-1]["ce"] = F.cross_entropy(model.decode(h)[masked], x0[masked]).item()
         if seen:
-            row("tail" if l else "head", l)
+            row("tail", l)
     for hook in hooks:
         hook.remove()
     return rows
@@ -87,11 +99,11 @@ def main():
     task = train_sudoku if sudoku else train_countdown
     unit = (coords == coords[:, None]).any(-1) if sudoku else None
     models = {checkpoint: rmdm.load(checkpoint, task=args.task) for checkpoint in args.checkpoints}
-    problems, solutions = held_out(next(iter(models.values())))[0]
+    problems, solutions, seed = held_out(task, *next(iter(models.items())))
     x0 = torch.from_numpy(solutions if sudoku else task.encode(problems, solutions)).long()
     for checkpoint, model in models.items():
         _, editable = task.start(model, problems)
-        about = dict(task=args.task, checkpoint=checkpoint, seed=model.about["seed"], n=len(x0))
+        about = dict(task=args.task, checkpoint=checkpoint, seed=seed, n=len(x0))
         about |= {key: getattr(model.config, key) for key in FORM}
         for share in SHARES:
             t = rmdm.alpha_inverse(torch.full((len(x0),), 1 - share))

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rmdm
-from train_sudoku import COUNT, deduce, read_file
+from train_sudoku import COUNT, deduce, read
 
 
 def singles(c):
@@ -58,9 +58,7 @@ def main():
     )
     parser.add_argument("files", metavar="FILE", nargs="+")
     for path in parser.parse_args().files:
-        puzzles = np.array([puzzle for puzzle, _ in read_file(path)])
-        if not len(puzzles):
-            raise rmdm.BadInput(f"{path}: no puzzle in it")
+        puzzles, _, _ = read(rmdm.read_text(path), path)
         c = np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)
         solved, guesses = depth_first(c)
         facts = {"file": path, "n": len(puzzles), "singles": singles(c).mean(), "search": solved.mean()}

@@ -14,29 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import rmdm  # noqa: E402
+import sample  # noqa: E402
 import train_countdown  # noqa: E402
 import train_sudoku  # noqa: E402
 
 TRIES = 16
-
-
-class OtherNoise(rmdm.RMDM):
-    """Noise in other places: before the first loop only (h^0 is injected without it), before every loop, or on h^0 but
-    drawn once a try, the same for all problems."""
-
-    def states(self, x_t, t, loops, grad_loops=0, noise=0.0, generator=None):
-        c, h0 = self.config, self.encode(x_t, t)
-        if self.place == "once":
-            h0 = h0 + noise * self.drawn
-        h = h0
-        yield h
-        for l in range(1, loops + 1):
-            if noise and (l == 1 and self.place == "first" or self.place == "every"):
-                h = h + noise * torch.randn(h.shape, generator=generator)
-            h = self.loop_norm(h + self.v.weight[min(l, c.loops) - 1] + h0)
-            for layer in self.block:
-                h = layer(h, self.same)
-            yield h
 
 
 # What differs from noise 0.3 on h^0, drawn at every step, confidence order, threshold 0.99, 32 loops (Countdown: as
@@ -46,8 +28,6 @@ VARIANTS = {
     "noise 0.15": dict(noise=0.15), "noise 0.2": dict(noise=0.2),
     "noise 0.45": dict(noise=0.45), "noise 1": dict(noise=1.0),
     "noise 0.05 k": dict(noise=lambda k: 0.05 * k),
-    "first loop only, 1": dict(place="first", noise=1.0), "every loop, 0.1": dict(place="every", noise=0.1),
-    "drawn once a try": dict(place="once"), "drawn once a try, 1": dict(place="once", noise=1.0),
     "threshold 0.9": dict(threshold=0.9), "threshold 0.97": dict(threshold=0.97),
     "threshold 0.999": dict(threshold=0.999), "no threshold": dict(threshold=None),
     "first try without threshold": dict(threshold=lambda k: 0.99 if k else None),
@@ -57,9 +37,8 @@ VARIANTS = {
     "temperature 1, no noise": dict(noise=0.0, temperature=1.0),
     "random order, temperature 1, no noise": dict(noise=0.0, temperature=1.0, order="random"),
     "random order, noise 0.3": dict(order="random"),
-    "random symmetry, no noise": dict(noise=0.0, again="symmetry"),
-    "random symmetry, noise 0.2": dict(noise=0.2, again="symmetry"),
-    "remask units in conflict": dict(again="remask"),
+    "random symmetry, no noise": dict(noise=0.0, symmetry=True),
+    "random symmetry, noise 0.2": dict(noise=0.2, symmetry=True),
 }  # fmt: skip
 
 
@@ -76,33 +55,22 @@ def problems(task):
     return found[np.isin(found[:, 3], train_countdown.held_out_targets(3))][:256]
 
 
-def restart(task, model, given, generator, again=None, place=None, **how):
-    """rmdm.sample_all, but with settings that are functions of the try k: the try that solved each problem (n,), 0 if
-    none did, and the loops of each try (n, TRIES).
+def restart(task, model, given, generator, symmetry=False, **options):
+    """One try after the other at problems (n, ..), by options of rmdm.sample that may be functions of the try k: the
+    try that solved each (n,), 0 if none did, and the loops of each try (n, TRIES).
 
-    again: "symmetry" gives each further try a random symmetric picture of the puzzle, which is solved where the puzzle
-    is; "remask" keeps the last answer but for the units in which a digit is missing, which are masked again."""
-    x, editable = task.start(model, given)
-    solved, nfe = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), TRIES)
-    model.__class__, model.place = (OtherNoise if place else rmdm.RMDM), place
+    symmetry: each try but the first sees the problem through a random symmetry."""
+    solved, loops = np.zeros(len(given), int), np.zeros((len(given), TRIES))
     for k in range(TRIES):
-        now = {name: value(k) if callable(value) else value for name, value in how.items()}
+        now = {name: value(k) if callable(value) else value for name, value in options.items()}
         now["noise"] = now["noise"] if k else 0.0
-        model.drawn = torch.randn(x.shape[1], model.config.width, generator=generator)
-        for i in (solved == 0).nonzero()[:, 0].split(128):
-            problem = given[i.numpy()]
-            if again == "symmetry" and k:
-                problem = rmdm.picture(x[i], *train_sudoku.symmetry(len(i), generator)).numpy()
-            begin, free = task.start(model, problem) if again != "remask" or not k else (x[i], editable[i])
-            out = rmdm.sample(model, begin, free, generator=generator, **now)
-            nfe[i, k], right = out.nfe.float(), torch.from_numpy(task.judge(problem, out.x))
-            solved[i[right]] = k + 1
-            if again == "remask":
-                units = torch.from_numpy(train_sudoku.UNITS)
-                bad = (out.x[:, units].sort(-1).values != torch.arange(1, 10)).any(-1)  # (n, 27)
-                mask = torch.zeros_like(out.x).index_add(1, units.flatten(), bad.repeat_interleave(9, 1).long()) > 0
-                x[i], editable[i] = out.x, mask & (torch.from_numpy(problem) == rmdm.MASK)
-    return solved, nfe
+        todo = np.flatnonzero(solved == 0)
+        for i in np.array_split(todo, range(128, len(todo), 128)):
+            through = task.SYMMETRY if symmetry and k else None
+            out = sample.attempt(task, model, given[i], through, generator, False, now)
+            loops[i, k] = out.loops.numpy()
+            solved[i[task.right(given[i], out.x.numpy())]] = k + 1
+    return solved, loops
 
 
 def without_checker(task, model, x, editable, given, loops, tries=8, batch=64):
@@ -117,7 +85,7 @@ def without_checker(task, model, x, editable, given, loops, tries=8, batch=64):
             log_p = [torch.where(step["revealed"], step["sure"].clamp(min=1e-9).log(), 0.0) for step in out.trace]
             answers.append(out.x)
             likely.append(sum(log_p).sum(1))
-            right.append(task.judge(given[part.numpy()], out.x))
+            right.append(task.right(given[part.numpy()], out.x.numpy()))
     answers, likely = torch.cat(answers).view(tries, *x.shape), torch.cat(likely).view(tries, -1)
     right = np.concatenate(right).reshape(tries, -1)
     votes = (answers[:, None] == answers[None]).all(-1).sum(0)  # (tries, n): how many tries agree with this one
@@ -140,11 +108,11 @@ def main():
             continue
         how = dict(steps=x.shape[1], threshold=0.99, noise=0.3, loops=1) | VARIANTS[variant]
         how["loops"] = int(how["loops"] * loops)
-        if {"place", "again"} & how.keys() and task is train_countdown:
-            continue  # the models of Countdown differ in what a loop adds, and have no symmetry
-        solved, nfe = restart(task, model, given, torch.Generator().manual_seed(0), **how)
-        shares = {f"tries_{k}": ((solved > 0) & (solved <= k)).double().mean().item() for k in (1, 2, 4, 8, TRIES)}
-        cost = {f"nfe_{k}": nfe[:, :k].sum(1).mean().item() for k in (1, 2, 4, 8, TRIES)}
+        if "symmetry" in how and task.SYMMETRY is None:
+            continue
+        solved, spent = restart(task, model, given, torch.Generator().manual_seed(0), **how)
+        shares = {f"tries_{k}": ((solved > 0) & (solved <= k)).mean() for k in (1, 2, 4, 8, TRIES)}
+        cost = {f"nfe_{k}": spent[:, :k].sum(1).mean() for k in (1, 2, 4, 8, TRIES)}  # nfe: loops
         print(json.dumps(about | shares | cost), flush=True)
 
 

@@ -6,7 +6,7 @@
     python evidence/results.py --figures    # draw the figures (matplotlib is needed here and nowhere else)
 
     logs/NAME-seed*.jsonl         log.jsonl of a training run, or of several, one after the other
-    logs/NAME-seed*-eval.jsonl    what `python sample.py TASK --data FILE --json` printed for it, or for them
+    logs/NAME-seed*-eval.jsonl    what `python sample.py --data FILE --json` printed for it, up to commit 60cf229
     logs/NAME-seed*.txt           what training printed at its end: scores; until commit 16cafdf mistakes, noise
     logs/attention-*-seed*.jsonl  what evidence/attention.py printed
     logs/restarts-*-seed*.jsonl   what evidence/restarts.py printed
@@ -57,6 +57,22 @@ def settings(head):
     return {key: value for key, value in head.items() if key != "truncate"}
 
 
+def flops(form, loops, reads=1):
+    """Floating-point operations of one example's forward pass with `reads` read-offs (matrix products)."""
+    N, d = form["coords"], form["width"]
+    layers = form["head_layers"] + loops * form["layers"] + reads * form["tail_layers"]
+    return layers * N * (24 * d**2 + 4 * N * d) + reads * N * 2 * d * (form["vocab"] - 1)
+
+
+def training_flops(head, steps):
+    """Those of a training, by the first line of its log. Loops without gradient go forward only."""
+    drawn = ((head["loops_min"] or head["loops"]) + head["loops"]) / 2  # in the mean
+    forward = head["grad_loops"] if head["carry"] else drawn
+    back = min(head["grad_loops"] or forward, forward)
+    reads = back if head["supervise"] == "all" else 1
+    return steps * head["batch"] * (flops(head, forward, reads) + 2 * flops(head, back, reads))
+
+
 def runs(name):
     """For each model of NAME, in the order of its files, a tuple of one dict a seed: its settings, its last line, and
     `head`, the settings alone; `run`, its name; `at`, {(file, T): scores}; `text`, what training printed."""
@@ -67,6 +83,9 @@ def runs(name):
             if row["step"] == 0:
                 logs.append({})
             logs[-1][row["step"]] = row  # after a resume steps come again: the last entry counts
+        for log in logs:
+            if "flops" not in (end := log[max(log)]):
+                end["flops"] = training_flops(log[0], end["step"])
         for row in scores(path.with_name(f"{path.stem}-eval.jsonl")):
             at.setdefault(row["checkpoint"], {})[row["file"], row["steps"]] = row
         texts = text.read_text().split("\npreset ") if text.exists() else [""] * len(logs)
@@ -662,23 +681,22 @@ def draw_solving(plt):
     import torch
     from PIL import Image
 
+    import sample
     import train_sudoku
 
     class Watched(rmdm.RMDM):
-        def states(self, *args, **how):
-            self.seen.append([])  # the states of one step more
-            for h in super().states(*args, **how):
-                self.seen[-1].append(h)
-                yield h
+        def loop(self, *args):
+            self.seen.append(super().loop(*args))  # h^l
+            return self.seen[-1]
 
-    model.__class__, puzzle = Watched, train_sudoku.parse(HARD)
-    x, generator = torch.from_numpy(puzzle).long()[None], torch.Generator().manual_seed(0)
+    model.__class__, puzzle = Watched, train_sudoku.read(HARD)[0]
+    (x, _), generator, L = train_sudoku.start(model, puzzle), torch.Generator().manual_seed(0), model.config.loops
     blank, frames, (fig, ax) = x[0] == rmdm.MASK, [], plt.subplots(figsize=(3.4, 3.7), dpi=80)
 
     def frame(x, masked, h, title, milliseconds, wrong=False):
         with torch.no_grad():
             sure, digit = model.decode(h).softmax(-1).max(-1)
-        sure, digit = sure.gather(1, back[0])[0], rmdm.picture(digit, *back)[0]
+        sure, digit = sure.gather(1, back[0])[0], train_sudoku.picture(digit, *back)[0]
         guess = ["white" if p > 0.75 else "0.35" for p in sure]
         colors = ["gray" if not blank[i] else guess[i] if masked[i] else "black" for i in range(81)]
         if wrong:  # in red, what stands twice in a row, column or box
@@ -691,20 +709,20 @@ def draw_solving(plt):
         frames.append((image.convert("RGB").quantize(48), milliseconds))
 
     for k in range(64):
-        model.seen, before, noise = [], x[0], train_sudoku.AGAIN["noise"] if k else 0.0
-        seen = train_sudoku.symmetry(1, generator) if k else (torch.arange(81)[None], torch.arange(10)[None])
-        how, back = dict(steps=81, threshold=0.99, noise=noise), [order.argsort(1) for order in seen]
-        out = rmdm.sample(model, rmdm.picture(x, *seen), generator=generator, trace=True, **how)
-        right = train_sudoku.accept(puzzle[None], rmdm.picture(out.x, *back).numpy())[0]
+        model.seen, before, how = [], x[0], dict(steps=81, threshold=0.99, noise=0.2 if k else 0.0)
+        drawn = train_sudoku.symmetry(1, generator) if k else (torch.arange(81)[None], torch.arange(10)[None])
+        back = [order.argsort(1) for order in drawn]
+        out = sample.attempt(train_sudoku, model, puzzle, lambda *_: drawn, generator, True, how)
+        right = train_sudoku.right(puzzle, out.x.numpy())[0]
         if k and not right:
             continue
-        for n, (step, states) in enumerate(zip(out.trace, model.seen), 1):
+        for n, step in enumerate(out.trace):
             masked = before == rmdm.MASK
-            for l in (1, 2, 3, 4, 6, 8, 12, 16) if n <= 2 else (16,):
-                frame(before, masked, states[l], f"try {k + 1}, step {n}, loop {l}", 220)
-            before = rmdm.picture(step["x"], *back)[0]
+            for l in (1, 2, 3, 4, 6, 8, 12, L) if n < 2 else (L,):
+                frame(before, masked, model.seen[n * L + l - 1], f"try {k + 1}, step {n + 1}, loop {l}", 220)
+            before = step["x"][0]
         title = f"try {k + 1}: {'solved' if right else 'it breaks a rule: once more'}"
-        frame(before, before == rmdm.MASK, states[-1], title, 2500, not right)
+        frame(before, before == rmdm.MASK, model.seen[-1], title, 2500, not right)
         if right:
             break
     images, times = zip(*frames)

@@ -6,6 +6,7 @@ Prints JSON objects: medians of whole training steps, with what they keep for th
 Times are CPU time, which others on the machine disturb less; on one thread of an idle machine that is time.
 """
 
+import copy
 import json
 import sys
 import time
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,39 +30,32 @@ class Plain(rmdm.RMDM):
     def __init__(self, config):
         super().__init__(replace(config, layers=config.layers * config.loops, inject=False))
 
-    def states(self, x_t, t, loops, *_, **__):
-        h, K = self.encode(x_t, t), len(self.block) // loops
-        yield h
-        for l in range(loops):
-            for layer in self.block[K * l : K * (l + 1)]:
-                h = layer(h, self.same)
-            yield h
+    def loop(self, h, h0, l, t):
+        K, l = len(self.block) // self.config.loops, int(l[0])
+        return self.block[K * (l - 1) : K * l](h)
 
 
 class KernelLayer(rmdm.Layer):
     """Attention by torch's kernel, as on a GPU."""
 
-    def forward(self, h, same):
+    def forward(self, h):
         q, k, v = self.qkv(self.norm1(h)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, (self.bias * same).sum(1).to(q.dtype))
+        a = F.scaled_dot_product_attention(q, k, v, (self.bias * self.same).sum(1).to(q.dtype))
         h = h + self.out(a.transpose(1, 2).flatten(2))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
 def training_step(model, size, loops=None, grad_loops=0, context=rmdm.autocast):
     """A function that does a step as rmdm.train does, on random tokens; in float32 with context=nullcontext."""
-    c, g, optimizers = model.config, torch.Generator().manual_seed(0), rmdm.make_optimizers(model, rmdm.TrainConfig())
+    c, g, training = model.config, torch.Generator().manual_seed(0), rmdm.TrainConfig()
+    average, optimizers = copy.deepcopy(model), rmdm.make_optimizers(model, training)
     x0 = torch.randint(1, c.vocab, (size, len(c.coords)), generator=g)
     how = dict(editable=torch.ones_like(x0, dtype=torch.bool), loops=loops, grad_loops=grad_loops, generator=g)
 
     def step():
         with context(torch.device("cpu")):
             value, _ = rmdm.loss(model, x0, **how)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        rmdm.update(value, model, average, optimizers, training, 1)
 
     return step
 
@@ -112,15 +105,16 @@ def main():
     for name, seconds in times.items():
         row = {"model": name, "ms": 1000 * seconds, "of 8 loops": seconds / times["8 loops"], "MiB kept": memory[name]}
         print(json.dumps({"kind": "training step"} | row), flush=True)
-    scores = {}
-    puzzles = train_sudoku.generate(128, 9)
+    filled = {}
+    puzzles, solutions = train_sudoku.generate(128, 9)
     hows = {f"T={T}": dict(steps=T) for T in (1, 20, 81)} | {"T=81, threshold=0.99": dict(steps=81, threshold=0.99)}
 
     def solve(name):
-        scores[name] = train_sudoku.evaluate(model, *puzzles, **hows[name])
+        filled[name] = rmdm.sample(model, *train_sudoku.start(model, puzzles), **hows[name])
 
     for name, seconds in in_turns(1, {name: partial(solve, name) for name in hows}).items():
-        score = {"exact, %": 100 * scores[name]["exact"], "loops a puzzle": scores[name]["nfe"]}
+        exact = train_sudoku.score(puzzles, solutions, filled[name].x.numpy())["exact"]
+        score = {"exact, %": 100 * exact, "loops a puzzle": filled[name].loops.double().mean().item()}
         print(json.dumps({"kind": "sampling", "how": name, "puzzles/s": 128 / seconds} | score), flush=True)
 
 

@@ -1,8 +1,8 @@
 """Uniform-state diffusion with recursion on Sudoku, and how another process is plugged into rmdm.py.
 
-    python evidence/uniform.py                                             # trains as train_sudoku.py does, measures
-    python evidence/uniform.py --set loops=1 steps=50000 --out runs/flat   # any field of Config and TrainConfig
-    python evidence/uniform.py --out runs/flat --data puzzles.csv          # measures that run on a file
+    python evidence/uniform.py                                              # trains as train_sudoku.py does, measures
+    python evidence/uniform.py --set loops=1 loops_min=0 --out runs/flat   # any field of Config and TrainConfig
+    python evidence/uniform.py --out runs/flat --data puzzles.csv           # measures that run on a file
 
 Noise is a random digit, not MASK, so that every token can be revised at every step (2602.15014; bound: 2412.10193).
 bar(x, a) = C a x + (1 - a) is C times the law of a token of law x, redrawn with probability 1 - a (~: up to a factor):
@@ -22,6 +22,7 @@ import argparse
 import itertools
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,17 +93,17 @@ def nelbo(model, x0, editable, generator=None):
 def sample(model, x, editable, steps, greedy=False, generator=None):
     """Put noise in the editable positions of x (B, N), then take T = `steps` reverse steps, the last one an argmax.
     Returns rmdm.Filled; its trace has for each step x, as it was before, and guess, the denoiser's likeliest x0."""
-    one, nfe, trace = torch.ones(len(x), dtype=torch.float64, device=x.device), 0, []
+    one, loops, trace = torch.ones(len(x), dtype=torch.float64, device=x.device), 0, []
     x = corrupt(x.clamp(min=1), one, editable, generator)  # the clamp: MASK is no token here
     for left in range(steps, 0, -1):
         t, s = torch.tensor([left, left - 1], dtype=torch.float64, device=x.device) / steps
         logits, used = model.infer(x + C * editable, (t * one).float())
-        m, nfe = logits[..., 1 : C + 1].double().softmax(-1), nfe + used
+        m, loops = logits[..., 1 : C + 1].double().softmax(-1), loops + used
         guess = torch.where(editable, reverse(m, x, t, 0 * t).argmax(-1) + 1, x)
         trace.append(dict(x=x, guess=guess))
         drawn = 1 + torch.multinomial(reverse(m, x, t, s).flatten(0, 1), 1, generator=generator).view(x.shape)
         x = corrupt(guess, s * one, editable, generator) if greedy or left == 1 else torch.where(editable, drawn, x)
-    return rmdm.Filled(x, torch.full_like(nfe, steps), nfe, trace)
+    return rmdm.Filled(x, torch.full_like(loops, steps), loops, trace)
 
 
 def evaluate(model, puzzles, solutions, steps, greedy=False):
@@ -116,7 +117,7 @@ def evaluate(model, puzzles, solutions, steps, greedy=False):
     outs = [sample(model, x[i], editable[i], steps, greedy, g) for i in parts]
     held, guess = (torch.cat([out.trace[steps // 2][key] for out in outs]) for key in ("x", "guess"))
     right, wrong, agreed = torch.cat([out.x for out in outs]) == x0, held != x0, editable & (held == guess)
-    shares = dict(exact=right.all(1), cell=right[editable], nfe=torch.cat([out.nfe for out in outs]), nelbo=bound)
+    shares = dict(exact=right.all(1), cell=right[editable], nfe=torch.cat([out.loops for out in outs]), nelbo=bound)
     shares |= dict(held=(wrong & agreed)[editable], mended=right[wrong & agreed], spoiled=~right[agreed & ~wrong])
     return dict(n=len(x)) | {key: of.double().mean().item() if len(of) else None for key, of in shares.items()}
 
@@ -131,15 +132,19 @@ def main():
     args, device, task = parser.parse_args(), rmdm.pick_device(), "sudoku-uniform"
     if args.data:
         model = rmdm.load(args.out, device, task)
-        rows = [row for row in sudoku.read_file(args.data) if row[1].all()]
-        test = np.array(rows or sys.exit(f"{args.data}: no puzzle with a solution")).swapaxes(0, 1)
+        puzzles, solutions, _ = sudoku.read(rmdm.read_text(args.data), args.data)
+        known = solutions.all(1)
+        rmdm.require(known.any(), f"{args.data}: no puzzle with a solution")
+        test = puzzles[known], solutions[known]
     else:
         seen, test = sudoku.split(*sudoku.generated(10_000 + sudoku.HELD_OUT, args.seed), sudoku.HELD_OUT)
         config, training = rmdm.override(args.set, sudoku.OURS, rmdm.TrainConfig(5500, loops_min=8, grad_loops=8))
+        rmdm.require(not training.carry, "carried examples are for masking alone")
         training, check = replace(training, seed=args.seed), lambda model: evaluate(model, *np.array(test)[:, :128], 20)
         torch.manual_seed(args.seed)
         model, batch = rmdm.RMDM(replace(config, vocab=2 * C + 1, time=True)).to(device), sudoku.batches(*seen, device)
-        model = rmdm.train(model, training, batch, check, args.out, dict(task=task), args.resume, loss)
+        with redirect_stdout(sys.stderr):  # standard output is for JSON
+            model = rmdm.train(model, training, batch, check, args.out, dict(task=task), args.resume, loss)
     for sampler, T in itertools.product(("ancestral", "greedy"), (1, 5, 20, 81)):
         scores = evaluate(model, *test, T, sampler == "greedy")
         print(json.dumps(dict(run=args.out, data=args.data, sampler=sampler, T=T) | scores), flush=True)
