@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, fields
 from fractions import Fraction
 from pathlib import Path
@@ -1240,6 +1241,33 @@ def test_a_flipped_bit_or_a_file_cut_short_is_noticed(tmp_path):
         else:  # a bit that means nothing
             assert model.config == whole.config and same(model.state_dict().values(), whole.state_dict().values())
     assert refused > 250
+
+
+def test_a_record_that_torch_would_skip_and_sizes_that_would_fill_the_memory_are_refused(tmp_path):
+    path, saved = tmp_path / "x.pt", rmdm.read(HERE / "weights/sudoku-short.pt")
+    data = bytearray((HERE / "weights/sudoku-short.pt").read_bytes())
+    record = data.rindex(b"PK\1\2")  # in the central directory; its byte 38 holds the mark of a folder
+    data[record + 38] |= 16
+    path.write_bytes(data)
+    refuses(rmdm.load, path, says="damaged, or not written by rmdm")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # a few bytes that become many
+        archive.writestr("archive/data.pkl", bytes(10**6))
+    refuses(rmdm.load, path, says="damaged, or not written by rmdm")
+    spoiled = [("width", 40_000), ("loops", 10**6), ("layers", 99), ("coords", 10**9), ("vocab", 10**6)]
+    for key, value in spoiled:
+        torch.save(saved | dict(config=saved["config"] | {key: value}), path)
+        refuses(rmdm.load, path, says="do not fit")
+    saved["ema"]["norm.bias"][3] = math.nan
+    torch.save(saved, path)
+    refuses(rmdm.load, path, says="a weight is not finite")
+
+
+def test_what_a_killed_save_left_is_removed_and_in_nobodys_way(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoint.pt.77.part").write_bytes(b"half")
+    fit(out)
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "model.pt", "log.jsonl"}
 
 
 Evil = type("Evil", (), {"__reduce__": lambda self: (open, ("owned", "w"))})  # opens a file when it is unpickled
