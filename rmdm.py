@@ -438,7 +438,8 @@ def check_sampling(model, x, editable, order, steps, loops, sizes):
     V = model.config.vocab
     require(not x.numel() or 0 <= x.min() and x.max() < V, f"x has a token that is not from 0 to {V - 1}")
     require(order in ORDERS, f"order is one of {', '.join(ORDERS)}, not {order!r}")
-    require(all(1 <= n <= 10**6 for n in (steps, loops or 1)), "steps and loops are from 1 to a million")
+    counts = steps, 1 if loops is None else loops
+    require(all(1 <= n <= 10**6 for n in counts), "steps and loops are from 1 to a million")
     good = all(0 <= size < math.inf for size in sizes if size is not None)
     require(good, "eps, noise, temperature and threshold are finite, and at least 0")
     require(sizes[3] is None or order != "ancestral", "a threshold needs an order other than ancestral")

@@ -313,6 +313,7 @@ def test_the_recursion_by_hand(form):
     (lambda x: rmdm.sample(tiny(), X, **x), "order", [dict(order="best"), dict(order="ancestral", threshold=0.5)]),
     (lambda x: rmdm.sample(tiny(), X, **{x: -1}), "from|at least 0", "steps loops temperature noise eps".split()),
     (lambda x: rmdm.sample(tiny(), X, **{x: 10**12}), "to a million", ["steps", "loops"]),
+    (lambda x: rmdm.sample(tiny(), X, **{x: 0}), "to a million", ["steps", "loops"]),
     (lambda x: rmdm.sample(tiny(), X, noise=x), "logits are not finite", [1e39]),
     (lambda x: sample.solve(sudoku, [tiny()], [], tries=x), "to a million", [0, 10**7]),
     (lambda x: rmdm.sample(tiny(), X, **{x: math.nan}), "finite", ["temperature", "noise", "eps", "threshold"]),
