@@ -233,6 +233,15 @@ class RMDM(nn.Module):
             h = h + h0  # ours
         return self.block(self.loop_norm(h))  # f(Norm(.))
 
+    def begin(self, h0, start=None):
+        """Where the recursion begins: h (B, N, d), and the number of loops that it has had, (B,).
+
+        That is h^0 and 0. Ours: `start` (h, l) lets an example go on from the h that l > 0 earlier loops have made."""
+        if start is None:
+            return h0, torch.zeros(len(h0), dtype=torch.long, device=h0.device)
+        h, l = start
+        return torch.where((l > 0)[:, None, None], h, h0), l
+
     def decode(self, h):
         """D of eq. (2): h (B, N, d) -> logits (B, N, V). MASK has -inf, that is, probability 0."""
         h = self.tail(h)
@@ -245,13 +254,11 @@ class RMDM(nn.Module):
         loops       default: config.loops
         supervise   eq. (5): "final" reads off after the last loop, R = 1; "all" after each that has gradient
         grad_loops  eq. (5): only the last so many loops have gradient; 0 = all of them
-        start       ours, for carried examples: (h, l). Where l > 0 the recursion goes on from h = h^l, not from h^0"""
+        start       ours, see `begin`"""
         L = loops or self.config.loops
         M = min(grad_loops or L, L)
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
-        h, l = h0, torch.zeros_like(x_t[:, 0])
-        if start is not None:
-            h, l = torch.where((start[1] > 0)[:, None, None], start[0], h0), start[1]
+        h, l = self.begin(h0, start)
         states = []
         for k in range(1, L + 1):
             with torch.set_grad_enabled(torch.is_grad_enabled() if k > L - M else False):
@@ -260,18 +267,19 @@ class RMDM(nn.Module):
         states = states[-M:] if supervise == "all" else states[-1:]  # (5)
         return self.decode(torch.cat(states)).view(len(states), *x_t.shape, -1), h  # D(h^l)
 
-    def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None):
-        """For sampling: logits (B, N, V) after the last loop, and the number of loops used (B,).
+    def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None, start=None):
+        """For sampling: logits (B, N, V) after the last loop, the number of loops used (B,), and the last h (B, N, d).
 
         eps     LoopMDM's adaptive stop, eq. (7): an example stops, and costs nothing more, at the first loop where
                 ||h^l - h^{l-1}|| / ||h^l|| < eps. 0 = all loops are run
-        noise   ours, eq. (8): the size of Gaussian noise that is added to h^0"""
+        noise   ours, eq. (8): the size of Gaussian noise that is added to h^0
+        start   ours, see `begin`"""
         L = loops or self.config.loops
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
             h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
-        h, final = h0, torch.empty_like(h0)
-        l, used = torch.zeros_like(x_t[:, 0]), torch.full_like(x_t[:, 0], L)
+        h, l = self.begin(h0, start)
+        final, used = torch.empty_like(h), torch.full_like(l, L)
         going = torch.arange(len(x_t), device=x_t.device)  # the examples that have not stopped
         for k in range(1, L + 1):
             before, h = h, self.loop(h, h0, l + k, t)  # h^l
@@ -281,7 +289,7 @@ class RMDM(nn.Module):
                 final[going[stop]], used[going[stop]] = h[stop], k
                 going, h, h0, l, t = (part[~stop] for part in (going, h, h0, l, t))
         final[going] = h
-        return self.decode(final), used  # D(h^L)
+        return self.decode(final), used, final  # D(h^L)
 
 
 # ---- 3. Loss ----
@@ -380,7 +388,7 @@ class Filled:
 @torch.no_grad()
 def sample(
     model, x, editable=None, steps=1, order="confidence", loops=None, eps=0.0,
-    threshold=None, temperature=None, noise=0.0, generator=None, trace=False,
+    threshold=None, temperature=None, noise=0.0, later_loops=None, give_up=None, generator=None, trace=False,
 ):
     """Fill in the editable positions of x (B, N) in T = `steps` denoising steps, eq. (6).
 
@@ -393,13 +401,17 @@ def sample(
     temperature  1 draws tokens from p_theta, 0 takes the likeliest, which is right for puzzles. Default: 1 in
                  ancestral order, else 0. The order is always judged at temperature 1
     noise        on h^0, drawn anew at every step, eq. (8)
+    later_loops  ours: after the first step the recursion goes on from the h of the step before, with so many loops.
+                 Default: every step begins at h^0, with `loops` loops, as in the paper
+    give_up      ours: a function of x (B, N), called after each step. Where it is True (B,), the example is left as it
+                 is, with tokens that are still MASK: a task may know that it cannot come right any more
 
     An example costs nothing once it is full, nor in an ancestral step that reveals none of its tokens."""
     editable = x == MASK if editable is None else editable
-    check_sampling(model, x, editable, order, steps, loops, (eps, noise, temperature, threshold))
+    check_sampling(model, x, editable, order, (steps, loops, later_loops), (eps, noise, temperature, threshold))
     temperature = float(order == "ancestral") if temperature is None else temperature
     x, masked = torch.where(editable, MASK, x), editable  # not x == MASK: a MASK may be there to be kept
-    used_steps, used_loops, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
+    used_steps, used_loops, history, kept = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), [], None
     for left in range(steps, 0, -1):
         if order == "ancestral":  # what is revealed does not depend on the network
             t, s = torch.tensor([left, left - 1], dtype=torch.float64, device=x.device) / steps
@@ -411,8 +423,12 @@ def sample(
             t = alpha_inverse(1 - masked[i].sum(1) / editable[i].sum(1))
         if not len(i):
             continue
+        L, start = (loops, None) if kept is None else (later_loops, (kept[i], used_loops[i]))
         with autocast(x.device):
-            logits, used = model.infer(x[i], t, loops, eps, noise, generator)
+            logits, used, h = model.infer(x[i], t, L, eps, noise, generator, start)
+        if later_loops:
+            kept = h.new_zeros(len(x), *h.shape[1:]) if kept is None else kept
+            kept[i] = h
         p = logits.double().softmax(-1)  # p_theta(x0 | x_t)
         require(p.isfinite().all(), "the model's logits are not finite")
         if order != "ancestral":
@@ -424,6 +440,8 @@ def sample(
             token = torch.multinomial(drawn.flatten(0, 1), 1, generator=generator).view(token.shape)
         x[i] = torch.where(reveal[i], token, x[i])
         masked = masked & ~reveal
+        if give_up is not None:
+            masked = masked & ~give_up(x)[:, None]
         used_steps[i] += 1
         used_loops[i] += used
         if trace:
@@ -433,16 +451,17 @@ def sample(
     return Filled(x, used_steps, used_loops, history)
 
 
-def check_sampling(model, x, editable, order, steps, loops, sizes):
+def check_sampling(model, x, editable, order, counts, sizes):
     check_batch(x, editable)
     V = model.config.vocab
     require(not x.numel() or 0 <= x.min() and x.max() < V, f"x has a token that is not from 0 to {V - 1}")
     require(order in ORDERS, f"order is one of {', '.join(ORDERS)}, not {order!r}")
-    counts = steps, 1 if loops is None else loops
-    require(all(1 <= n <= 10**6 for n in counts), "steps and loops are from 1 to a million")
+    good = all(1 <= n <= 10**6 for n in counts if n is not None)
+    require(good, "steps, loops and later_loops are from 1 to a million")
     good = all(0 <= size < math.inf for size in sizes if size is not None)
     require(good, "eps, noise, temperature and threshold are finite, and at least 0")
-    require(sizes[3] is None or order != "ancestral", "a threshold needs an order other than ancestral")
+    plain = sizes[3] is None and counts[2] is None
+    require(plain or order != "ancestral", "threshold and later_loops need an order other than ancestral")
 
 
 # ---- 5. Ours: carried examples ----

@@ -32,7 +32,7 @@ import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput, require
 
-# What a task brings: CHARS, SCORE, SYMMETRY, read, start, right, check, score, cell_name, draw.
+# What a task brings: CHARS, SCORE, SYMMETRY, read, start, right, broken, check, score, cell_name, draw.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
@@ -90,7 +90,8 @@ def solve(task, models, problems, tries=1, first={}, again={}, generator=None, t
                   each further try sees the problem through a random one
 
     After the first try, problems that are left get several tries in each round, side by side in one batch, since a
-    batch costs hardly more than a single try: 8, then 16, and so on. All tries of a round are counted."""
+    batch costs hardly more than a single try: 8, then 16, and so on. All tries of a round are counted. A try ends as
+    soon as it breaks a rule, or another one of its round has solved the problem."""
     P, batch = len(problems), BATCH[models[0].coords.device.type]
     require(1 <= tries <= 10**6, "tries is from 1 to a million")
     out = Solved(np.zeros((P, len(models[0].config.coords)), int), *np.zeros((5, P), int), [None] * P, [])
@@ -104,6 +105,8 @@ def solve(task, models, problems, tries=1, first={}, again={}, generator=None, t
                 rows = some.repeat(k)  # each problem k times
                 symmetry = task.SYMMETRY if run else None
                 options = again if run else first
+                if tries > 1:  # a single try is seen through, for its score
+                    options = options | dict(give_up=lambda x, k=k: hopeless(task, x, k))
                 filled = attempt(task, models[run > 0], problems[rows], symmetry, generator, trace, options)
                 x = filled.x.cpu().numpy()
                 good = task.right(problems[rows], x).reshape(-1, k)
@@ -126,6 +129,14 @@ def solve(task, models, problems, tries=1, first={}, again={}, generator=None, t
     finally:
         bar.close()
     return out
+
+
+def hopeless(task, x, k):
+    """Which of k tries at each problem, x (P * k, N), need not go on: (P * k,) bool. Those that break a rule already,
+    and those beside one that is full and breaks none."""
+    broken = task.broken(x)
+    solved = ~broken & (x != MASK).all(1)
+    return broken | solved.view(-1, k).any(1).repeat_interleave(k)
 
 
 def attempt(task, model, problems, symmetry, generator, trace, options):

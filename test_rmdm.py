@@ -103,7 +103,7 @@ class Perfect(nn.Module):
         return F.pad((p / p.sum(2, keepdim=True)).log(), (1, 0), value=-math.inf)[None], joint
 
     def infer(self, x_t, t, *how):
-        return self(x_t, t)[0][0], torch.ones(len(x_t), dtype=torch.long)
+        return self(x_t, t)[0][0], torch.ones(len(x_t), dtype=torch.long), None
 
 
 @torch.no_grad()
@@ -278,14 +278,14 @@ def test_the_recursion_by_hand(form):
         later, on = m(X, T, loops=3, start=carried)
         assert torch.allclose(on[1:], h[1:], atol=1e-4) and torch.allclose(later[0, 0], expected[2, 0], atol=1e-4)
     noise = 0.5 * torch.randn(3, 3, 16, generator=generator(1))  # on h^0 alone
-    noisy, _ = m.infer(X, T, 5, noise=0.5, generator=generator(1))
+    noisy, *_ = m.infer(X, T, 5, noise=0.5, generator=generator(1))
     assert torch.allclose(noisy, read_off(m, unroll(m, X, T, 5, noise=noise)[5]), atol=1e-4)
-    logits, used = m.infer(X, T, 5)
+    logits, used, _ = m.infer(X, T, 5)
     assert torch.allclose(logits, expected[4], atol=1e-4) and used.tolist() == [5] * 3
     h = torch.stack(states)  # the adaptive stop: each example by its own change
     change = (h[1:] - h[:-1]).flatten(2).norm(dim=2) / h[1:].flatten(2).norm(dim=2)  # (5, B)
     eps = change[2].sort().values[1:].mean().item()
-    logits, used = m.infer(X, T, 5, eps=eps)
+    logits, used, _ = m.infer(X, T, 5, eps=eps)
     for b, l in enumerate(used.tolist()):
         assert (change[: l - 1, b] >= eps).all() and (l == 5 or change[l - 1, b] < eps)
         assert torch.allclose(logits[b], expected[l - 1, b], atol=1e-4)
@@ -386,7 +386,7 @@ class Fixed(nn.Module):
 
     def infer(self, x_t, t, *how):
         self.times.append(t.tolist())
-        return self.logits.expand(len(x_t), -1, -1), torch.full((len(x_t),), 5)
+        return self.logits.expand(len(x_t), -1, -1), torch.full((len(x_t),), 5), None
 
 
 def test_the_time_fed_to_the_model_is_that_of_the_share_still_masked(schedule):
@@ -430,6 +430,53 @@ def test_clues_survive_and_passes_count_whatever_the_setting(order, how):
 
 # ---- 4. restarts ----
 
+def test_later_steps_go_on_from_the_h_of_the_step_before():
+    m = tiny(coords=6, inject=True)
+    x = torch.zeros(3, 6, dtype=torch.long)
+    out = rmdm.sample(m, x, steps=3, loops=4, later_loops=2, trace=True)
+    t, h, l = torch.ones(3), None, torch.zeros(3, dtype=torch.long)
+    for k, step in enumerate(out.trace):  # by hand, from the states that the trace shows
+        before = x if k == 0 else out.trace[k - 1]["x"]
+        logits, used, h = m.infer(before, t * (3 - k) / 3, 2 if k else 4, start=(h, l) if k else None)
+        l = l + used
+        assert torch.equal(step["x"], torch.where(step["revealed"], logits.argmax(-1), before))
+    assert out.loops.tolist() == [8] * 3 and not torch.equal(h, m.infer(before, t / 3, 2)[2])
+
+
+def test_examples_that_are_given_up_stay_as_they_are_and_cost_nothing_more():
+    m, x = tiny(coords=6), torch.zeros(4, 6, dtype=torch.long)
+    plain = rmdm.sample(m, x, steps=6)
+    odd = torch.arange(4) % 2 == 1
+    out = rmdm.sample(m, x, steps=6, give_up=lambda x: odd & ((x != MASK).sum(1) >= 2))
+    assert torch.equal(out.x[~odd], plain.x[~odd]) and torch.equal(out.steps, torch.where(odd, 2, 6))
+    assert ((out.x[odd] != MASK).sum(1) == 2).all() and (out.loops == out.steps * m.config.loops).all()
+
+
+def test_what_is_broken_cannot_come_right(puzzles):
+    puzzles, solutions = (torch.from_numpy(part.astype(int)) for part in puzzles)
+    hidden = torch.rand(solutions.shape, generator=generator()) < 0.3
+    assert not sudoku.broken(torch.where(hidden, MASK, solutions)).any() and not sudoku.broken(puzzles).any()
+    twice = torch.where(hidden, MASK, solutions)
+    twice[:, 80], twice[:, 72] = 5, 5  # in one row
+    assert sudoku.broken(twice).all()
+    problems, equations = countdown.generate(3, 200, 0)
+    x = torch.from_numpy(countdown.encode(problems, equations).astype(int))
+    answer = torch.from_numpy(countdown.editable(x.shape[1]))
+    hidden = torch.rand(x.shape, generator=generator()) < 0.2
+    assert not countdown.broken(x).any() and not countdown.broken(torch.where(hidden & answer, MASK, x)).any()
+    wrong = torch.where(torch.rand(x.shape, generator=generator(1)) < 0.1, x.roll(1, 0), x)
+    told = [countdown.check(tokens, problem) is not None for tokens, problem in zip(wrong.numpy(), problems)]
+    prompts_kept = (wrong == x)[:, ~answer].all(1)
+    assert any(told) and (countdown.broken(wrong) == torch.tensor(told))[prompts_kept].all()
+    for text, found in {  # _ is MASK
+        "86+28= 114, _14-31= 83": False, "86+28= 115, _14-31= 83": True,  # a false equation
+        "86+27= 113, _14-31= 83": True, "86+_8= 114,  11-31=  _": False,  # a number that is not there
+        "86+_8= 114,  11-31= 20": True, "86+_8= 114,  99- 9= 90": False,  # later ones may use any number
+    }.items():  # fmt: skip
+        row = torch.tensor([[countdown.CHARS.index(c) for c in "86,31,28, 96" + text]])
+        assert countdown.broken(row).item() == found, text
+
+
 class Guess:
     """A task of one digit from 1 to 9; its symmetry adds a number. A try is right if it names the digit."""
 
@@ -441,6 +488,9 @@ class Guess:
     def SYMMETRY(n, generator, device):
         shift = torch.randint(9, (n, 1), generator=generator)
         return torch.zeros(n, 1, dtype=torch.long), F.pad((torch.arange(9) + shift) % 9 + 1, (1, 0))
+
+    def broken(x):
+        return torch.ones(len(x), dtype=torch.bool)
 
     def right(problems, answers):
         Guess.tried.append((problems[:, 0].tolist(), answers[:, 0].tolist()))
@@ -629,15 +679,15 @@ def test_the_checker_agrees_with_brute_force_on_spoiled_answers_and_names_what_i
                     assert verdicts[-1] == (text in answers), (numbers, target, text)
     assert 1000 < sum(verdicts) < len(verdicts) - 1000
     for says, answers in {
-        "syntax of equation 1": ["", "__import__('os').abort()", "\uff18\uff17/29=3,32*3=96"],  # digits, but not ASCII
-        "syntax of equation 2": ["87/29=3,32*3=96\n"],
-        "false equation 1": ["87/32=2,29*3=96", "29-87=0,32*3=96", "29-87=58,32+58=90"],
+        "equation 1: not an equation": ["", "__import__('os').abort()", "\uff18\uff17/29=3,32*3=96"],  # no ASCII digits
+        "equation 2: not an equation": ["87/29=3,32*3=96\n"],
+        "equation 1: false": ["87/32=2,29*3=96", "29-87=0,32*3=96", "29-87=58,32+58=90"],
         "number left over: 32": ["87/29=3"],
         "wrong target: 35, not 96": ["87/29=3,32+3=35"],
     }.items():
         for answer in answers:
             assert countdown.check(answer, [87, 29, 32, 96]).startswith(says)
-    assert countdown.check("5-5=0,7/0=0", [5, 5, 7, 10]).startswith("false equation 2")
+    assert countdown.check("5-5=0,7/0=0", [5, 5, 7, 10]).startswith("equation 2: false")
 
 
 def test_countdown_tokens():
@@ -653,7 +703,7 @@ def test_countdown_tokens():
     x, editable = countdown.start(model, problems)
     assert (x == torch.where(editable, MASK, torch.from_numpy(tokens).long())).all()
     for wrong in (spoiled, x[0].tolist()):  # a blank in front of a number is right, behind it wrong, as is MASK
-        assert "syntax" in countdown.check(wrong, problems[0])
+        assert "not an equation" in countdown.check(wrong, problems[0])
     assert torch.equal(countdown.start(model, problems[:, [2, 0, 3, 1, 4]])[0], x)
 
 
@@ -886,7 +936,7 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles):
     assert cli(sudoku, "--resume")[1].endswith(report)  # a finished run reports once more
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1].split()
     code, out, _ = cli(sample, *command, "--tries", 2, "--steps", 9, "--noise", 1)
-    assert code == 1 and "not solved: " in out and out.count("|") == 36 and "(tries: 2, steps: 18, loops: 36)" in out
+    assert code == 1 and "not solved: " in out and out.count("|") == 36 and "(tries: 2, steps: " in out
     _, out, _ = cli(sample, *command, "--show", "--tries", 1, "--steps", 2, "--loops", 16)
     pictures = [int(l) for l in re.findall(r"loop (\d+): ", out)]  # every second one
     assert pictures == list(range(2, 17, 2)) and "step 2 of 2, 16 loops" in out and "\033" not in out
@@ -1206,7 +1256,7 @@ def test_countdown_files_are_read_in_the_shapes_that_people_have(text, n, skippe
 @pytest.mark.parametrize("text, says", [
     ('1,35,14,22\n{"input": "1,35,14,22"}', "line 2: neither numbers"), ("1,35,14,22\n" + "[" * 99 + "x", "line 2"),
     ('{"a": ' * 100_000, "line 1"), ('{"nums": [true, 2, 3], "target": 20}', "line 1"), ("1_0,2,3,20", "line 1"),
-    ('{"input": "1,35,14,22", "output": "35-14=21,22+0=22"}', "the solution is wrong, number not available"),
+    ('{"input": "1,35,14,22", "output": "35-14=21,22+0=22"}', "wrong, equation 2: number not available, 22"),
     ("1,2,3,7", "no problem that the model can take .a target that is not from 10 to 100"), ("", "no problem"),
     ("9" * 5000 + ",2,3,20", "line 1"),
 ])  # fmt: skip

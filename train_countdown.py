@@ -53,6 +53,22 @@ def calculate(a, op, b):
     return (a - b if a >= b else None) if op == "-" else a // b if b and a % b == 0 else None
 
 
+def mistake(equation, left=None):
+    """What is wrong with an equation such as "86+28=114", in words, or None. `left`: the numbers that there are still;
+    two of them go, and the result is added. Without it only the arithmetic is judged."""
+    if not (found := EQUATION.fullmatch(equation)):
+        return f"not an equation, {equation[:40]!r}"
+    a, op, b, c = int(found[1]), found[2], int(found[3]), int(found[4])
+    for x in (a, b) if left is not None else ():
+        if x not in left:
+            return f"number not available, {x}"
+        left.remove(x)
+    if calculate(a, op, b) != c:
+        return f"false, {equation}"
+    if left is not None:
+        left.append(c)
+
+
 def check(answer, problem):
     """The first mistake in an answer to a problem (n+1,), in words, or None.
 
@@ -61,16 +77,8 @@ def check(answer, problem):
     answer = answer if isinstance(answer, str) else decode(answer)
     *left, target = map(int, problem)
     for k, equation in enumerate(answer.split(","), 1):
-        if not (found := EQUATION.fullmatch(equation)):
-            return f"syntax of equation {k}: {equation[:40]!r}"
-        a, op, b, c = int(found[1]), found[2], int(found[3]), int(found[4])
-        for x in (a, b):
-            if x not in left:
-                return f"number not available in equation {k}: {x}"
-            left.remove(x)
-        if calculate(a, op, b) != c:
-            return f"false equation {k}: {equation}"
-        left.append(c)
+        if found := mistake(equation, left):
+            return f"equation {k}: {found}"
     if len(left) > 1:
         return f"number left over: {', '.join(map(str, left[:-1]))}"
     return None if left == [target] else f"wrong target: {left[0]}, not {target}"
@@ -79,6 +87,26 @@ def check(answer, problem):
 def right(problems, answers):
     """Whether answers, tokens (P, N), solve problems (P, n+1): (P,) bool."""
     return np.array([check(tokens, problem) is None for problem, tokens in zip(problems, answers)], bool)
+
+
+def broken(x):
+    """Which sequences x (P, N), tensors, cannot come right, however their MASKs are filled: (P,) bool.
+
+    Judged are the equations that have no MASK, and the whole answer if there is none left."""
+    found, prompt = [], ~editable(x.shape[1])
+    for tokens in x.cpu().numpy():
+        problem = whole_numbers("".join(CHARS[token] for token in tokens[prompt]))
+        answer, left = decode(tokens), problem[:-1]
+        if CHARS[MASK] not in answer:
+            found.append(check(answer, problem) is not None)
+            continue
+        wrong = False
+        for equation in answer.split(","):
+            whole = CHARS[MASK] not in equation
+            left = left if whole else None  # the result of this one is not known, so later ones may use any number
+            wrong |= whole and mistake(equation, left) is not None
+        found.append(wrong)
+    return torch.tensor(found, device=x.device)
 
 
 # ---- 2. Generator: all solutions of many problems at once ----

@@ -64,6 +64,12 @@ def right(puzzles, boards):
     return full & ((puzzles == MASK) | (puzzles == boards)).all(1)
 
 
+def broken(x):
+    """Which boards x (n, 81), tensors, cannot come right, however their blanks are filled: (n,) bool."""
+    counts = F.one_hot(x[:, UNITS], 10).sum(2)[..., 1:]  # (n, 27, 9): how often each digit is in each unit
+    return (counts > 1).any(2).any(1)
+
+
 def cell_name(cell, N=81):
     """What to call a cell: r1c1= to r9c9=."""
     return f"r{cell // 9 + 1}c{cell % 9 + 1}="

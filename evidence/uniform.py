@@ -97,7 +97,7 @@ def sample(model, x, editable, steps, greedy=False, generator=None):
     x = corrupt(x.clamp(min=1), one, editable, generator)  # the clamp: MASK is no token here
     for left in range(steps, 0, -1):
         t, s = torch.tensor([left, left - 1], dtype=torch.float64, device=x.device) / steps
-        logits, used = model.infer(x + C * editable, (t * one).float())
+        logits, used, _ = model.infer(x + C * editable, (t * one).float())
         m, loops = logits[..., 1 : C + 1].double().softmax(-1), loops + used
         guess = torch.where(editable, reverse(m, x, t, 0 * t).argmax(-1) + 1, x)
         trace.append(dict(x=x, guess=guess))
