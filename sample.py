@@ -8,7 +8,7 @@
     python sample.py sudoku --data puzzles.csv --steps 1,5,20,81    # scores on a file
 
 Without --data it *solves*: an answer that breaks the task's rules is tried again, many times. With --data it
-*measures*: one try a problem, unless --tries asks for more.
+*measures*: one plain try a problem. With --data and --tries it measures what solving would make of the file.
 
 A Sudoku is 81 digits, with 0 . _ or * for a blank, on one line or drawn as a grid. Exit code: 0 if every answer is
 right, 1 if one is not, 2 if the input is bad.
@@ -43,19 +43,22 @@ WEIGHTS = {
     4: ("countdown-3.pt", "countdown-3.pt"),
     5: ("countdown-4.pt", "countdown-4.pt"),
 }
-# What to do in solving and in measuring: at most how many tries, and the options of rmdm.sample in the first try and in
-# further ones. A quick first try solves what is easy. For the rest many cheap tries solve more than a few careful
-# ones, in pilots of sixty hard Sudokus and 150 Countdown problems; they are not tuned beyond that.
-CHEAP_SUDOKU = dict(loops=32, threshold=0.9, noise=0.2)
-CHEAP_COUNTDOWN = dict(threshold=0.99, order="random", temperature=1.0)
+# At most how many tries, and the options of rmdm.sample in the first try and in further ones. A quick first try solves
+# what is easy. For the rest many cheap tries solve more than a few careful ones. evidence/restarts.py chose the options
+# of further tries, on hard problems that it generates.
 SOLVE = {
-    "sudoku": dict(tries=256, first=dict(loops=16, threshold=0.99), again=CHEAP_SUDOKU),
-    "countdown": dict(tries=1024, first=dict(threshold=0.99), again=CHEAP_COUNTDOWN),
+    "sudoku": dict(
+        tries=512,
+        first=dict(loops=16, later_loops=8, threshold=0.99),
+        again=dict(loops=16, later_loops=8, threshold=0.97, noise=0.2),
+    ),
+    "countdown": dict(
+        tries=1024,
+        first=dict(threshold=0.99),
+        again=dict(threshold=0.99, order="random", temperature=1.0),
+    ),
 }
-MEASURE = {
-    "sudoku": dict(tries=1, first={}, again=CHEAP_SUDOKU),
-    "countdown": dict(tries=1, first={}, again=CHEAP_COUNTDOWN),
-}
+MEASURE = dict(tries=1, first={}, again={})  # one try as in the paper: no threshold, no later_loops
 BATCH = {"cpu": 64, "cuda": 1024}  # tries side by side; on a CPU more gain nothing
 
 
@@ -268,11 +271,12 @@ def parse():
     add("--show", action="store_true", help="show the denoising: one step loop by loop, then step by step")
     add("--steps", metavar="T,..", help="denoising steps; default: as many as there are positions")
     add("--loops", type=int, metavar="L", help="loops in each step; default: as trained, or what solves most")
+    add("--later-loops", type=int, metavar="L", help="loops in each later step, on from the h of the one before")
     add("--eps", type=float, help="stop looping when h changes by a smaller share, say 0.1")
     add("--order", choices=rmdm.ORDERS, help="which tokens are revealed first; default: confidence")
     add("--threshold", type=float, help="reveal all that is at least so sure (none with --data, unless given)")
     add("--temperature", type=float, help="of the tokens drawn")
-    add("--tries", type=int, help="try again what the rules refuse; default: 256, Countdown 1024, with --data 1")
+    add("--tries", type=int, help="try again what the rules refuse; default: 512, Countdown 1024, with --data 1")
     add("--noise", type=float, help="on h^0, in all tries but the first; default: 0.2, Countdown 0")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--data", metavar="FILE", help="measure on this file instead")
@@ -291,15 +295,15 @@ def parse():
 
 def settings(args):
     """How to solve or to measure: the defaults, and in all tries what the command line gives."""
-    chosen = (SOLVE if args.data is None else MEASURE)[args.task]
+    chosen = MEASURE if args.data is not None and args.tries in (None, 1) else SOLVE[args.task]
     tries = chosen["tries"] if args.tries is None else args.tries
-    names = "loops", "eps", "order", "threshold", "temperature"
+    names = "loops", "later_loops", "eps", "order", "threshold", "temperature"
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     first, again = chosen["first"], chosen["again"]
-    if args.checkpoint is not None:  # the default loops are those of the weights that come along
-        first, again = ({key: x for key, x in part.items() if key != "loops"} for part in (first, again))
-    if args.order == "ancestral" and args.threshold is None:
-        given["threshold"] = None
+    if args.loops is not None or args.checkpoint is not None:  # the default loops suit the weights that come along
+        first, again = ({key: x for key, x in part.items() if "loops" not in key} for part in (first, again))
+    if args.order == "ancestral":
+        given = dict(threshold=None, later_loops=None) | given
     noise = {} if args.noise is None else dict(noise=args.noise)
     return dict(tries=tries, first=first | given, again=again | given | noise)
 
