@@ -64,7 +64,7 @@ def require(condition, message):
 # Everything else derives from the first three functions. Another schedule is another three.
 
 def alpha(t):
-    """Probability that an editable token is still visible at time t. It falls from 1 at t = 0 to 0 at t = 1."""
+    """The probability that an editable token is still visible at time t: 1 at t = 0, 0 at t = 1."""
     return 1 - t
 
 
@@ -79,7 +79,7 @@ def alpha_inverse(a):
 
 
 def sample_t(n, generator=None, device=None):
-    """n times (n,) in (0, 1], one in each of n equal strata: uniform, but with less variance than n free draws."""
+    """n times (n,) in (0, 1], one in each of n equal parts: uniform, with less variance than free draws."""
     u = torch.rand(n, generator=generator, device=device)
     stratum = torch.randperm(n, generator=generator, device=device)  # else row i would always get the i-th
     return (1 - (stratum + u) / n).clamp(min=2**-24)  # rounding could give 0
@@ -97,7 +97,8 @@ def corrupt(x0, t, editable, generator=None):
 def check_batch(x, editable):
     """Raises BadInput unless x and editable are (B, N), and editable is bool."""
     shapes = tuple(x.shape), tuple(editable.shape)
-    require(x.ndim == 2 and x.shape == editable.shape, "x {} and editable {}: both are (B, N)".format(*shapes))
+    same = x.ndim == 2 and x.shape == editable.shape
+    require(same, "x {} and editable {}: both are (B, N)".format(*shapes))
     require(editable.dtype == torch.bool, f"editable is {editable.dtype}, not torch.bool")
 
 
@@ -108,7 +109,7 @@ class Config:
     """The model. It is kept in the checkpoint. The defaults are the paper's form, as far as we know it."""
 
     vocab: int  # V, MASK included
-    coords: tuple  # N, for a plain sequence. Ours: N rows, in each one coordinate an axis (Sudoku: row, column, box)
+    coords: tuple  # N. Ours: N rows of coordinates, one for each position (Sudoku: row, column, box)
     width: int = 64  # d: small enough to train in minutes on a CPU
     heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider ones are faster on a CPU
     layers: int = 1  # K, the layers of the looped block: one shows what loops alone can do
@@ -123,7 +124,8 @@ class Config:
         least = dict(vocab=2, width=1, heads=1, layers=1, loops=1, head_layers=0, tail_layers=0)
         for key, low in least.items():
             n, high = getattr(self, key), 1000 if "layers" in key else 10**6
-            require(isinstance(n, int) and low <= n <= high, f"{key} is a whole number from {low} to {high:,}")
+            whole = isinstance(n, int) and low <= n <= high
+            require(whole, f"{key} is a whole number from {low} to {high:,}")
         require(self.width % self.heads == 0, f"heads={self.heads} does not divide width={self.width}")
         coords = torch.as_tensor(self.coords)
         coords = coords if coords.ndim else torch.arange(int(coords))[:, None]
@@ -133,10 +135,11 @@ class Config:
 
 
 class Layer(nn.Module):
-    """One transformer layer, (B, N, d) -> (B, N, d): bidirectional attention, then an MLP, each after its norm.
+    """One transformer layer, (B, N, d) -> (B, N, d): attention in both directions, then an MLP.
 
-    same (axes, N, N) turns on `coord_bias`, which is ours: 1 where two positions share their coordinate on an axis,
-    else 0. A learned number for each head and axis, times `same`, is added to the attention logits."""
+    same (axes, N, N) turns on `coord_bias`, which is ours. It is 1 where two positions share their coordinate
+    on an axis, else 0. A learned number for each head and axis, times `same`, is added to the attention
+    logits."""
 
     def __init__(self, width, heads, same=None):
         super().__init__()
@@ -176,9 +179,10 @@ class RMDM(nn.Module):
     E is `encode`, one loop is `loop`, D is `decode`. Only h carries information from loop to loop. LoopMDM,
     eq. (7), has further layers of its own at the end of E and at the beginning of D.
 
-    The papers, as far as we know them, leave open what follows. We add t as sinusoids through a linear map, to
-    h^0 and again in each loop. Norm is a LayerNorm. v^l, the map of t and D begin at zero, so that at first all
-    loops are alike, all t are alike, and all tokens are equally likely. Beyond L loops the last v^l repeats."""
+    The papers, as far as we know them, leave open what follows. We add t as sinusoids through a linear map,
+    to h^0 and again in each loop. Norm is a LayerNorm. v^l, the map of t and D begin at zero. So at first all
+    loops are alike, all t are alike, and all tokens are equally likely. Beyond L loops the last v^l
+    repeats."""
 
     def __init__(self, config):
         super().__init__()
@@ -218,7 +222,8 @@ class RMDM(nn.Module):
     def encode(self, x_t, t):
         """E of eq. (2): x_t (B, N), t (B,) -> h^0 (B, N, d)."""
         N = len(self.coords)
-        require(x_t.shape[1:] == (N,), f"sequences of shape {tuple(x_t.shape[1:])}: this model's have N = {N}")
+        shape = tuple(x_t.shape[1:])
+        require(shape == (N,), f"sequences of shape {shape}: this model's have N = {N}")
         h = self.token(x_t) + sum(table(self.coords[:, axis]) for axis, table in enumerate(self.position))
         if self.config.time:
             h = h + self.embed_time(t)
@@ -234,9 +239,9 @@ class RMDM(nn.Module):
         return self.block(self.loop_norm(h))  # f(Norm(.))
 
     def begin(self, h0, start=None):
-        """Where the recursion begins: h (B, N, d), and the number of loops that it has had, (B,).
+        """Where the recursion begins: h (B, N, d), and the number of loops behind it (B,). That is h^0 and 0.
 
-        That is h^0 and 0. Ours: `start` (h, l) lets an example go on from the h that l > 0 earlier loops have made."""
+        Ours: with `start` = (h, l) an example goes on from an h that l > 0 earlier loops have made."""
         if start is None:
             return h0, torch.zeros(len(h0), dtype=torch.long, device=h0.device)
         h, l = start
@@ -249,7 +254,7 @@ class RMDM(nn.Module):
             return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
     def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0, start=None):
-        """For training: logits (R, B, N, V), read off after R of the L = `loops` loops, and the last h (B, N, d).
+        """For training: logits (R, B, N, V), read off after R of the L loops, and the last h (B, N, d).
 
         loops       default: config.loops
         supervise   eq. (5): "final" reads off after the last loop, R = 1; "all" after each that has gradient
@@ -268,10 +273,10 @@ class RMDM(nn.Module):
         return self.decode(torch.cat(states)).view(len(states), *x_t.shape, -1), h  # D(h^l)
 
     def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None, start=None):
-        """For sampling: logits (B, N, V) after the last loop, the number of loops used (B,), and the last h (B, N, d).
+        """For sampling: logits (B, N, V) after the last loop, the loops used (B,), and the last h (B, N, d).
 
-        eps     LoopMDM's adaptive stop, eq. (7): an example stops, and costs nothing more, at the first loop where
-                ||h^l - h^{l-1}|| / ||h^l|| < eps. 0 = all loops are run
+        eps     LoopMDM's adaptive stop, eq. (7): an example stops, and costs nothing more, at the first loop
+                where ||h^l - h^{l-1}|| / ||h^l|| < eps. 0 = all loops are run
         noise   ours, eq. (8): the size of Gaussian noise that is added to h^0
         start   ours, see `begin`"""
         L = loops or self.config.loops
@@ -305,27 +310,28 @@ WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # of eqs. (3) and (
 def weighted_nats(weight, model, x0, x_t, masked, t, **options):
     """weight(t) times the sum over masked i of -log p_theta(x0^i | x_t): (R, B) nats, after each of R loops.
 
-    Besides: which tokens the last loop gets right (B, N) bool, and its h (B, N, d). options, R: see RMDM.forward."""
+    Also returns which tokens the last loop gets right (B, N) bool, and its h (B, N, d). For `options` and R
+    see RMDM.forward."""
     V = unwrap(model).config.vocab
     require(not x0.numel() or x0.max() < V, f"x0 has a token above {V - 1}, which this model does not have")
     logits, h = model(x_t, t, **options)
     target = torch.where(masked, x0, -100)  # -100 tells cross_entropy to leave a position out
-    ce = F.cross_entropy(logits.flatten(0, 2).float(), target.repeat(len(logits), 1).flatten(), reduction="none")
+    target = target.repeat(len(logits), 1).flatten()
+    ce = F.cross_entropy(logits.flatten(0, 2).float(), target, reduction="none")
     nats = ce.view(logits.shape[:3]).sum(2)
     return weight(t) * nats, logits[-1].argmax(-1) == x0, h.detach()
 
 
-def loss(
-    model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None
-):
-    """Training loss, in nats per editable token, and the share of masked tokens that the last loop gets right.
+def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None):
+    """The training loss, in nats per editable token, and the accuracy of the last loop on masked tokens.
 
     objective    "elbo" is eq. (3). "simple" is eq. (4): the same without the weight
-    supervise    eq. (5): the mean of the losses at "all" loops that have gradient, or the loss at the "final" loop
-    grad_loops   eq. (5): only the last so many loops have gradient (truncated backpropagation); 0 = all of them
+    supervise    eq. (5): the mean of the losses at "all" loops that have gradient, or that at the "final"
+                 loop
+    grad_loops   eq. (5): only the last so many loops have gradient (truncated); 0 = all of them
 
-    Both objectives are divided by the number of editable tokens, so that one learning rate suits both. torch may
-    have wrapped the model (torch.compile, DistributedDataParallel)."""
+    Both objectives are divided by the number of editable tokens, so that one learning rate suits both. The
+    model may be one that torch has wrapped (torch.compile, DistributedDataParallel)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)  # (1)
     options = dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
@@ -362,7 +368,7 @@ def reveal_ancestral(masked, t, s, generator):
 def reveal_ordered(masked, p, steps_left, order, threshold, generator):
     """What an ordered step reveals, eq. (6), by p (B, N, V): (B, N) bool.
 
-    In each example the ceil(masked / steps left) surest, and besides all that reach the threshold, if there is one."""
+    In each example that is the ceil(masked / steps left) surest tokens, and all that reach the threshold."""
     sure = score = p.amax(-1)
     if order == "margin":
         score = p.topk(2, -1).values.diff(dim=-1)[..., 0].neg()
@@ -393,22 +399,23 @@ def sample(
     """Fill in the editable positions of x (B, N) in T = `steps` denoising steps, eq. (6).
 
     editable     (B, N) bool, True = start from MASK and fill in; False never changes. Default: x == MASK
-    order        "ancestral" is the exact reverse process. The others reveal ceil(masked / steps left) tokens a step:
-                 those of the highest top probability ("confidence"), of the largest gap between the two likeliest
-                 tokens ("margin"), of the lowest "entropy", or "random" ones. The last step reveals everything
+    order        "ancestral" is the exact reverse process. The others reveal ceil(masked / steps left) tokens
+                 in each step: those of the highest top probability ("confidence"), of the largest gap between
+                 the two likeliest tokens ("margin"), of the lowest "entropy", or "random" ones
     loops, eps   loops in each step; with eps at most so many, see RMDM.infer
-    threshold    reveal at every step, besides, all tokens whose top probability reaches it: fewer steps are needed
+    threshold    each step also reveals all tokens whose top probability reaches it, so fewer steps are needed
     temperature  1 draws tokens from p_theta, 0 takes the likeliest, which is right for puzzles. Default: 1 in
                  ancestral order, else 0. The order is always judged at temperature 1
-    noise        on h^0, drawn anew at every step, eq. (8)
-    later_loops  ours: after the first step the recursion goes on from the h of the step before, with so many loops.
+    noise        ours: on h^0, drawn anew at every step, eq. (8)
+    later_loops  ours: each step after the first goes on from the h of the step before, with so many loops.
                  Default: every step begins at h^0, with `loops` loops, as in the paper
-    give_up      ours: a function of x (B, N), called after each step. Where it is True (B,), the example is left as it
-                 is, with tokens that are still MASK: a task may know that it cannot come right any more
+    give_up      ours: a function of x (B, N), called after each step. Where it is True (B,) the example ends,
+                 and tokens may still be MASK. With it a task can drop what cannot come right any more
 
     An example costs nothing once it is full, nor in an ancestral step that reveals none of its tokens."""
     editable = x == MASK if editable is None else editable
-    check_sampling(model, x, editable, order, (steps, loops, later_loops), (eps, noise, temperature, threshold))
+    sizes = eps, noise, temperature, threshold
+    check_sampling(model, x, editable, order, (steps, loops, later_loops), sizes)
     temperature = float(order == "ancestral") if temperature is None else temperature
     x, masked = torch.where(editable, MASK, x), editable  # not x == MASK: a MASK may be there to be kept
     used_steps, used_loops, history, kept = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), [], None
@@ -471,16 +478,17 @@ def carried_loss(
 ):
     """Like `loss`, but an example stays for several training steps. The idea is TRM's, arXiv 2510.04871.
 
-    `kept` is a dict, empty at first. From call to call it keeps the examples, which of their tokens are masked, and
-    their h. A call runs `grad_loops` loops of each example, from the h that was kept. An example leaves when all its
-    masked tokens are right, or when it has had `oldest` loops; then one of x0 takes its place.
+    `kept` is a dict, empty at first. From call to call it keeps the examples, which of their tokens are
+    masked, and their h. A call runs `grad_loops` loops of each example, from the h that was kept. An example
+    leaves when all its masked tokens are right, or when it has had `oldest` loops. Then one of x0 takes its
+    place.
 
-    It helps because an example gets many loops though a training step pays for few, and because hard examples stay
-    longer than easy ones. For this second reason the value is no estimate of (3) or (4)."""
+    It helps for two reasons. An example gets many loops though a training step pays for few. And hard
+    examples stay longer than easy ones. For this second reason the value is no estimate of (3) or (4)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
     batch = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable)
-    l = kept.get("l", torch.zeros_like(x0[:, 0]))  # loops that the kept examples have had; 0 = its place is free
+    l = kept.get("l", torch.zeros_like(x0[:, 0]))  # the loops that each kept example has had; 0 = free place
     h = kept.get("h", torch.zeros((), device=x0.device))
     require(len(l) == len(x0), f"a batch of {len(x0)} after one of {len(l)}: carried examples need equal ones")
     for key, new in batch.items():
@@ -504,7 +512,7 @@ class TrainConfig:
     objective: str = "simple"  # eq. (4); or elbo, eq. (3)
     supervise: str = "all"  # eq. (5): the loss at all loops, as in the paper, or at the final one
     grad_loops: int = 0  # eq. (5): only the last so many loops have gradient; 0 = all
-    loops_min: int = 0  # LoopMDM, eq. (7): each step draws its number of loops from loops_min..loops; 0 = always loops
+    loops_min: int = 0  # LoopMDM, eq. (7): each step draws from loops_min..loops; 0 = always `loops`
     carry: int = 0  # ours: `carried_loss` with this as `oldest`; 0 = `loss`
     muon: bool = True  # for the matrices inside the layers; with AdamW alone learning was slower
     lr: float = 0.02  # of Muon; a form without injection may want less
@@ -512,7 +520,7 @@ class TrainConfig:
     warmup: int = 100  # steps of linear warm-up; after it a linear decay to zero
     weight_decay: float = 0.01  # of both optimizers; torch's default for AdamW
     clip: float = 1.0  # largest norm of the gradient, the usual one
-    ema: float = 0.999  # decay of the averaged weights (EMA), which are the ones that are evaluated and shipped
+    ema: float = 0.999  # decay of the averaged weights (EMA), which are what is used in the end
     seed: int = 0
     eval_every: int = 1000  # steps; one evaluation takes seconds
     save_every: int = 250  # steps; a stop costs half of that, on average
@@ -527,7 +535,8 @@ class TrainConfig:
         require(0 <= self.weight_decay < math.inf, "weight_decay is at least 0")
         require(0 <= self.ema < 1, "ema is from 0 to below 1")
         require(0 <= self.seed < 2**32, "seed is from 0 to below 2**32")
-        require(min(self.grad_loops, self.loops_min, self.carry) >= 0, "grad_loops, loops_min, carry are at least 0")
+        least = min(self.grad_loops, self.loops_min, self.carry)
+        require(least >= 0, "grad_loops, loops_min and carry are at least 0")
         alone = not self.loops_min and 0 < self.grad_loops <= self.carry
         require(not self.carry or alone, "carry needs loops_min=0 and a grad_loops from 1 to carry")
 
@@ -559,7 +568,7 @@ def make_optimizers(model, training):
 
 
 def update(value, model, average, optimizers, training, step):
-    """One optimizer step of `model` on the loss `value`, and of its moving average. Returns the gradient's norm."""
+    """One optimizer step on the loss `value`, and one of the moving average. Returns the gradient's norm."""
     value.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)  # warm-up, then decay to zero
@@ -589,13 +598,13 @@ def save(path, content):
 
 
 def read(path):
-    """What `save` wrote, its checksums compared. Nothing in the file can run code. BadInput if it is damaged."""
+    """What `save` wrote. Nothing in the file can run code. Raises BadInput if a checksum is wrong."""
     require(Path(path).is_file(), f"{path}: no such file")
     try:
         with zipfile.ZipFile(path) as archive:
             # torch skips a record that is marked as a folder, and memory that nobody wrote would be loaded.
             plain = all(r.compress_type == r.external_attr == 0 for r in archive.infolist())
-            require(plain and not archive.testzip(), "a checksum is wrong, or a record is not as torch writes it")
+            require(plain and not archive.testzip(), "a checksum is wrong, or a record is no plain one")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # damaged bytes can raise anything
         raise BadInput(f"{path}: damaged, or not written by rmdm ({type(e).__name__})") from e
@@ -604,7 +613,7 @@ def read(path):
 def load(path, device="cpu", task=None):
     """A model ready to use, with averaged weights. path: a run's folder, model.pt or checkpoint.pt.
 
-    model.about is what was given to `train`. Raises BadInput for a damaged file, or one made for another task."""
+    model.about is what was given to `train`. Raises BadInput for a damaged file, or another task's."""
     path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     saved = read(path)
     try:
@@ -617,7 +626,8 @@ def load(path, device="cpu", task=None):
         model = RMDM(config)
         model.load_state_dict(weights)
     except Exception as e:  # of another program or version
-        raise BadInput(f"{path}: weights and configuration do not fit ({' '.join(str(e).split())[:100]})") from e
+        why = " ".join(str(e).split())[:100]
+        raise BadInput(f"{path}: weights and configuration do not fit ({why})") from e
     require(task in (None, made_for), f"{path}: made for {str(made_for)[:40]!r}, not for {task}")
     model.about = saved["about"]
     return model.to(device).eval()
@@ -626,16 +636,19 @@ def load(path, device="cpu", task=None):
 def begin(out, config, training, about=None, resume=False):
     """The settings of a run in the folder `out`, and the checkpoint that it goes on from, {} for a new run.
 
-    Raises BadInput for settings that do not fit, for a folder in use, and for a resumed run that was begun with other
-    settings. `train` calls it; a script calls it before it makes data, too."""
-    require(training.loops_min <= config.loops, f"loops_min={training.loops_min} is above loops={config.loops}")
-    shortened = training.carry or 0 < training.grad_loops < config.loops
-    require(config.inject or not shortened, "carry, or grad_loops below loops, needs inject=true: else E cannot learn")
+    Raises BadInput for settings that do not fit, for a folder in use, and for a resumed run that was begun
+    with other settings. `train` calls it, and a script calls it before it makes data."""
+    low, L = training.loops_min, config.loops
+    require(low <= L, f"loops_min={low} is above loops={L}")
+    shortened = training.carry or 0 < training.grad_loops < L
+    short = "carry, or grad_loops below loops, needs inject=true: else E cannot learn"
+    require(config.inject or not shortened, short)
     settings, out = dict(config=asdict(config), train=asdict(training), about=about or {}), Path(out)
     settings = json.loads(json.dumps(settings))  # plain numbers, strings and lists, as read back
     if not resume:
         used = out.exists() and any(path.suffix != ".part" for path in out.iterdir())
-        require(not used, f"{out} is in use: resume its run (--resume, resume=True) or choose another (--out, out)")
+        choice = "resume its run (--resume, resume=True) or choose another (--out, out)"
+        require(not used, f"{out} is in use: {choice}")
         return settings, {}
     saved = read(out / "checkpoint.pt")
     for part, new in settings.items():
@@ -651,7 +664,8 @@ def facts(model, settings):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device} {platform.machine()}"
     machine = dict(device=name, torch=torch.__version__, threads=torch.get_num_threads())
     machine |= dict(step=0, parameters=sum(w.numel() for w in model.parameters()))
-    return machine | settings["about"] | settings["train"] | settings["config"] | dict(coords=len(model.coords))
+    parts = settings["about"] | settings["train"] | settings["config"]
+    return machine | parts | dict(coords=len(model.coords))
 
 
 def write_line(path, entry, mode="a"):
@@ -659,23 +673,62 @@ def write_line(path, entry, mode="a"):
         print(json.dumps(entry, default=float), file=log)
 
 
+class Run:
+    """What a training run consists of. It can be saved, and gone on with."""
+
+    def __init__(self, model, training, out, settings):
+        self.model, self.out, self.settings = unwrap(model), Path(out), settings
+        device = next(self.model.parameters()).device
+        self.average = copy.deepcopy(self.model).eval()
+        self.optimizers = make_optimizers(self.model, training)
+        self.generator = torch.Generator(device).manual_seed(training.seed)  # of all that is random below
+        self.kept, self.step, self.seconds, self.log = {}, 0, 0.0, self.out / "log.jsonl"
+
+    def save(self, last):
+        content = self.settings | dict(step=self.step, seconds=self.seconds, ema=self.average.state_dict())
+        if last:  # first, since with the checkpoint the run counts as finished
+            save(self.out / "model.pt", content)
+        optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
+        content |= dict(model=self.model.state_dict(), optimizers=optimizers, kept=self.kept)
+        content |= dict(rng=self.generator.get_state(), log_bytes=self.log.stat().st_size if self.step else 0)
+        save(self.out / "checkpoint.pt", content)
+
+    def restore(self, saved):
+        same = len(saved["rng"]) == len(self.generator.get_state())
+        require(same, f"{self.out}: begun on another kind of device")
+        self.step, self.seconds = saved["step"], saved["seconds"]
+        self.generator.set_state(saved["rng"])
+        self.kept |= {key: x.to(self.generator.device) for key, x in saved["kept"].items()}
+        self.model.load_state_dict(saved["model"])
+        self.average.load_state_dict(saved["ema"])
+        for (optimizer, _), state in zip(self.optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(state)
+        if self.step:
+            os.truncate(self.log, saved["log_bytes"])  # steps after the checkpoint will come again
+
+    def create(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        for part in self.out.glob("*.part"):  # left by a run that was killed
+            part.unlink()
+        self.save(last=False)
+
+
 def train(model, training, batch, evaluate, out, about=None, resume=False, loss=loss):
     """Train `model` in place. Returns its moving average (EMA), which is the model to use.
 
-    batch(n, generator)  -> x0 (n, N) int64, editable (n, N) bool, on the model's device. A new run tries one example
-    evaluate(model)      -> dict of numbers for the log; called with the average every `eval_every` steps and at the end
-    out                  a new folder. model.pt: the average, to use. checkpoint.pt: all that a resumed run needs.
-                         log.jsonl: the settings, then the course of training
+    batch(n, generator)  -> x0 (n, N) int64, editable (n, N) bool, on the model's device
+    evaluate(model)      -> dict of numbers for the log. It gets the average, every `eval_every` steps and at
+                         the end
+    out                  a new folder. model.pt: the average, to use. checkpoint.pt: all that a resumed run
+                         needs. log.jsonl: the settings, then the course of training
     about                plain facts to keep in the checkpoint, such as the task and its options
-    resume               go on from `out`; model, training and about must be as they were. On a CPU the run ends with
-                         the same bits as one never interrupted, if `batch` draws all from its generator
+    resume               go on from `out`. model, training and about must be as they were. On a CPU the run
+                         ends with the same bits as one never interrupted, if `batch` draws all from its
+                         generator
     loss                 another function like `loss`, for another diffusion process"""
-    inner, out = unwrap(model), Path(out)
-    settings, saved = begin(out, inner.config, training, about, resume)
-    device, L = next(inner.parameters()).device, inner.config.loops
-    optimizers, average = make_optimizers(inner, training), copy.deepcopy(inner).eval()
-    generator = torch.Generator(device).manual_seed(training.seed)  # of all that is random after initialization
-    kept, step, seconds, log = {}, 0, 0.0, out / "log.jsonl"
+    settings, saved = begin(out, unwrap(model).config, training, about, resume)
+    run, L = Run(model, training, out, settings), unwrap(model).config.loops
+    device, generator = run.generator.device, run.generator
     options = {key: getattr(training, key) for key in ("objective", "supervise", "grad_loops")}
 
     def compute(x0, editable, loops, kept):
@@ -684,62 +737,45 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
                 return carried_loss(model, x0, editable, kept, training.carry, **options, generator=generator)
             return loss(model, x0, editable, **options, loops=loops, generator=generator)
 
-    def checkpoint():
-        content = settings | dict(step=step, seconds=seconds, ema=average.state_dict())
-        if step == training.steps:  # first, since with the checkpoint the run counts as finished
-            save(out / "model.pt", content)
-        content |= dict(model=inner.state_dict(), optimizers=[o.state_dict() for o, _ in optimizers])
-        content |= dict(rng=generator.get_state(), kept=kept, log_bytes=log.stat().st_size if step else 0)
-        save(out / "checkpoint.pt", content)
-
     if saved:
-        step, seconds = saved["step"], saved["seconds"]
-        require(len(saved["rng"]) == len(generator.get_state()), f"{out}: begun on another kind of device")
-        generator.set_state(saved["rng"])
-        kept |= {key: x.to(device) for key, x in saved["kept"].items()}
-        inner.load_state_dict(saved["model"])
-        average.load_state_dict(saved["ema"])
-        for (optimizer, _), state in zip(optimizers, saved["optimizers"]):
-            optimizer.load_state_dict(state)
+        run.restore(saved)
     else:
         with torch.no_grad():  # what cannot be trained is refused before there is a folder
             compute(*batch(1, torch.Generator(device)), L, {})
         generator.manual_seed(training.seed)
-        out.mkdir(parents=True, exist_ok=True)
-        for part in out.glob("*.part"):  # left by a run that was killed
-            part.unlink()
-        checkpoint()
-    if step:
-        os.truncate(log, saved["log_bytes"])  # steps after the checkpoint will come again
-    else:
-        write_line(log, facts(inner, settings), "w" if resume else "x")  # x: of two runs in one folder one fails
+        run.create()
+    if not run.step:  # x: of two runs in one folder one fails
+        write_line(run.log, facts(run.model, settings), "w" if resume else "x")
     recent, clock = [], time.perf_counter()
-    with progress(range(step + 1, training.steps + 1), initial=step, total=training.steps, unit="step") as bar:
-        for step in bar:
+    steps = range(run.step + 1, training.steps + 1)
+    with progress(steps, initial=run.step, total=training.steps, unit="step") as bar:
+        for run.step in bar:
             loops = L
             if 0 < training.loops_min < L:  # (7)
                 loops = int(torch.randint(training.loops_min, L + 1, (), generator=generator, device=device))
-            value, accuracy = compute(*batch(training.batch, generator), loops, kept)
-            norm = update(value, inner, average, optimizers, training, step)
+            value, accuracy = compute(*batch(training.batch, generator), loops, run.kept)
+            norm = update(value, run.model, run.average, run.optimizers, training, run.step)
             recent.append(torch.stack([value.detach(), accuracy, norm]))
-            last = step == training.steps
-            evaluating, saving = last or step % training.eval_every == 0, last or step % training.save_every == 0
-            if not (evaluating or saving or step % 25 == 0):
+            last = run.step == training.steps
+            evaluating = last or run.step % training.eval_every == 0
+            saving = last or run.step % training.save_every == 0
+            if not (evaluating or saving or run.step % 25 == 0):
                 continue
             mean, recent = torch.stack(recent).mean(0).tolist(), []
-            seconds += time.perf_counter() - clock  # of training alone
-            bad = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {step}"
+            run.seconds += time.perf_counter() - clock  # of training alone
+            bad = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {run.step}"
             require(math.isfinite(mean[0] + mean[2]), f"{bad}; the checkpoint in {out} is from before")
             bar.set_postfix(loss=f"{mean[0]:.4f}", accuracy=f"{mean[1]:.3f}", refresh=False)
-            scores = evaluate(average) if evaluating else {}
-            write_line(log, dict(step=step, loss=mean[0], accuracy=mean[1], **scores, seconds=round(seconds, 1)))
+            scores = evaluate(run.average) if evaluating else {}
+            entry = dict(step=run.step, loss=mean[0], accuracy=mean[1], **scores)
+            write_line(run.log, entry | dict(seconds=round(run.seconds, 1)))
             if scores:
                 shown = (f"{key} {value:.4g}" for key, value in scores.items())
-                bar.write(f"step {step}: loss {mean[0]:.4f}  {'  '.join(shown)}")
+                bar.write(f"step {run.step}: loss {mean[0]:.4f}  {'  '.join(shown)}")
             if saving:
-                checkpoint()
+                run.save(last)
             clock = time.perf_counter()
-    return average
+    return run.average
 
 
 # ---- 7. What the scripts share ----
@@ -750,7 +786,7 @@ def progress(iterable=None, **options):
 
 
 def read_text(path, file=None, size=2**28):
-    """The text at a path, which may be a pipe, or in a binary file that is open, and called `path`. It is read once.
+    """The text at a path, which may be a pipe, or in a binary file that is open and is called `path`.
 
     Raises BadInput if there is none, if it is compressed or no UTF-8, or if it has more than `size` bytes."""
     try:
@@ -758,7 +794,7 @@ def read_text(path, file=None, size=2**28):
             data = file.read(2**16)  # first the beginning: /dev/zero has no end
             packed = re.match(rb"\x1f\x8b|PK[\3\5]|BZh[1-9]1AY|\xfd7zXZ|\x28\xb5\x2f\xfd", data)
             require(not packed, f"{path}: compressed, unpack it first")
-            zeros = [half.count(0) > len(half) / 2 for half in (data[::2], data[1::2])]  # UTF-16: every other byte
+            zeros = [half.count(0) > len(half) / 2 for half in (data[::2], data[1::2])]
             wide = data.startswith((b"\xff\xfe", b"\xfe\xff")) or zeros[0] != zeros[1]
             require(not wide, f"{path}: UTF-16, not UTF-8 text, save it as UTF-8")
             data += b"" if 0 in data else file.read(size + 1 - len(data))
@@ -794,9 +830,9 @@ def pick_device(name=None):
 def set_threads(training):
     """Sets how many threads torch uses on the CPU, unless OMP_NUM_THREADS does.
 
-    At most four, since more are slower for matrices as small as ours. Beside other busy processes threads wait for each
-    other, which is slower than one alone. So sampling takes as many as there are free cores. Training does not, since
-    its results depend on the number; it only says what to set."""
+    At most four, since more are slower for matrices as small as ours. Beside other busy processes threads
+    wait for each other, which is slower than one alone. So sampling takes as many as there are free cores.
+    Training does not, since its results depend on the number. It only says what to set."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -807,7 +843,8 @@ def set_threads(training):
     threads, free = min(4, cores), max(cores - busy, 1)
     torch.set_num_threads(threads if training else min(threads, free))
     if training and free < threads:
-        print(f"{busy} of {cores} cores are busy: OMP_NUM_THREADS={free} in front of this command may train faster")
+        advice = f"OMP_NUM_THREADS={free} in front of this command may train faster"
+        print(f"{busy} of {cores} cores are busy: {advice}")
 
 
 def training_parser(doc, presets, out):
@@ -818,12 +855,13 @@ def training_parser(doc, presets, out):
     add = parser.add_argument
     add("--preset", choices=presets, help="paper: the papers' method, nothing of ours; default: see above")
     add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
-    add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="change fields of the preset")
+    pairs = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
+    add("--set", **pairs, help="change fields of the preset")
     add("--data", metavar="FILE", help="take the examples from a file; default: they are generated")
     add("--seed", type=int, default=0, help="of data, initialization and training (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
     add("--out", metavar="RUN", default=out, help="a new folder for the run (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in that folder, with the options it was begun with")
+    add("--resume", action="store_true", help="go on with the run in that folder")
     return parser
 
 
@@ -831,7 +869,8 @@ def resumed_settings(parser, args):
     """(config, training, about) of the run in args.out. Other options may not be given beside --resume."""
     given = {key for key, value in vars(args).items() if value != parser.get_default(key)}
     extra = sorted(given - {"resume", "out", "device"})
-    require(not extra, f"--resume takes the options that the run was begun with: leave out --{', --'.join(extra)}")
+    names = ", --".join(extra)
+    require(not extra, f"--resume takes the options that the run was begun with: leave out --{names}")
     path = Path(args.out) / "checkpoint.pt"
     saved = read(path)
     try:
@@ -847,12 +886,12 @@ def train_in(out, *arguments, **options):
     except KeyboardInterrupt:
         if not (Path(out) / "checkpoint.pt").exists():
             raise
-        script = Path(sys.argv[0]).name
-        raise KeyboardInterrupt(f"stopped; to go on: python {script} --resume --out {shlex.quote(str(out))}") from None
+        command = f"python {Path(sys.argv[0]).name} --resume --out {shlex.quote(str(out))}"
+        raise KeyboardInterrupt(f"stopped; to go on: {command}") from None
 
 
 def override(pairs, *configs):
-    """Apply "name=value" strings to the fields of the given dataclasses, typed as they are: the new dataclasses."""
+    """New dataclasses, like `configs`, with the fields changed that "name=value" strings name."""
     fixed = ("vocab", "coords", "seed")  # given by the task, or by an option of the script
     kinds = {f.name: type(getattr(c, f.name)) for c in configs for f in fields(c) if f.name not in fixed}
     changes = {}
@@ -860,7 +899,8 @@ def override(pairs, *configs):
         name, _, text = pair.partition("=")
         require(name in kinds, f"no field {name[:80]!r}; there are {', '.join(kinds)}")
         try:
-            changes[name] = {"true": True, "false": False}[text.lower()] if kinds[name] is bool else kinds[name](text)
+            of = {"true": True, "false": False}.__getitem__ if kinds[name] is bool else kinds[name]
+            changes[name] = of(text.lower())
         except (ValueError, KeyError):
             raise BadInput(f"{name} must be of type {kinds[name].__name__}, not {text[:80]!r}") from None
     return [replace(c, **{name: changes[name] for name in changes if hasattr(c, name)}) for c in configs]
