@@ -713,7 +713,7 @@ class Run:
         self.save(last=False)
 
 
-def train(model, training, batch, evaluate, out, about=None, resume=False, loss=loss):
+def train(model, training, batch, evaluate, out, about=None, resume=False):
     """Train `model` in place. Returns its moving average (EMA), which is the model to use.
 
     batch(n, generator)  -> x0 (n, N) int64, editable (n, N) bool, on the model's device
@@ -724,8 +724,7 @@ def train(model, training, batch, evaluate, out, about=None, resume=False, loss=
     about                plain facts to keep in the checkpoint, such as the task and its options
     resume               go on from `out`. model, training and about must be as they were. On a CPU the run
                          ends with the same bits as one never interrupted, if `batch` draws all from its
-                         generator
-    loss                 another function like `loss`, for another diffusion process"""
+                         generator"""
     settings, saved = begin(out, unwrap(model).config, training, about, resume)
     run, L = Run(model, training, out, settings), unwrap(model).config.loops
     device, generator = run.generator.device, run.generator

@@ -44,14 +44,11 @@ WEIGHTS = {
     5: ("countdown-4.pt", "countdown-4.pt"),
 }
 # At most how many tries, and the options of rmdm.sample in the first try and in further ones. A quick first try solves
-# what is easy. For the rest many cheap tries solve more than a few careful ones. evidence/restarts.py chose the options
-# of further tries, on hard problems that it generates.
+# what is easy. For the rest many cheap tries solve more than a few careful ones. evidence/restarts.py compares options
+# on hard problems that it generates.
+QUICK = dict(loops=16, later_loops=8, threshold=0.99)
 SOLVE = {
-    "sudoku": dict(
-        tries=512,
-        first=dict(loops=16, later_loops=8, threshold=0.99),
-        again=dict(loops=16, later_loops=8, threshold=0.97, noise=0.2),
-    ),
+    "sudoku": dict(tries=256, first=QUICK, again=QUICK | dict(noise=0.2)),
     "countdown": dict(
         tries=1024,
         first=dict(threshold=0.99),
@@ -276,7 +273,7 @@ def parse():
     add("--order", choices=rmdm.ORDERS, help="which tokens are revealed first; default: confidence")
     add("--threshold", type=float, help="reveal all that is at least so sure (none with --data, unless given)")
     add("--temperature", type=float, help="of the tokens drawn")
-    add("--tries", type=int, help="try again what the rules refuse; default: 512, Countdown 1024, with --data 1")
+    add("--tries", type=int, help="try again what the rules refuse; default: 256, Countdown 1024, with --data 1")
     add("--noise", type=float, help="on h^0, in all tries but the first; default: 0.2, Countdown 0")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--data", metavar="FILE", help="measure on this file instead")

@@ -27,7 +27,7 @@ SUDOKU = dict(steps=81, noise=0.2, threshold=0.97, loops=16, later_loops=8)
 COUNTDOWN = dict(steps=52, order="random", temperature=1.0, threshold=0.99)
 VARIANTS = {  # what differs from the first
     "sudoku": {
-        "the default": {},
+        "the base": {},
         "nothing given up": dict(give_up=None),
         "every step from h^0": dict(later_loops=None),
         "4 later loops": dict(later_loops=4),
@@ -39,7 +39,7 @@ VARIANTS = {  # what differs from the first
         "long model": dict(model="sudoku-long"),
     },
     "countdown": {
-        "the default": {},
+        "the base": {},
         "nothing given up": dict(give_up=None),
         "8 steps": dict(steps=8),
         "threshold 0.9": dict(threshold=0.9),
