@@ -5,8 +5,8 @@ replaced by the token MASK, and fills them in over T denoising steps. R-MDM appl
 block L times inside each of these steps. So the network gets deeper without more parameters.
 
 This file needs PyTorch and tqdm, and can be copied alone. It works on any sequences of discrete tokens that
-all have the same length. Read it from the top: first comes the papers' method, then what we added, then
-training and checkpoints.
+all have the same length. Read it from the top: first comes the papers' method, then carried examples, which
+are ours, then training and checkpoints. Smaller additions of ours stand where they act, and say so.
 
     1. Schedule and forward process    eq. (1)           alpha, sample_t, corrupt
     2. Recursive transformer           eqs. (2), (7)     Config, Layer, RMDM
@@ -24,7 +24,7 @@ Letters used throughout:
     K layers in the block, L loops, T denoising steps
     x0 (B, N) int64: clean tokens; x_t (B, N): the same, partly MASK; t (B,): time, in (0, 1]
     editable (B, N) bool: True = may be masked. Clues and prompts are False, and never change
-    h (B, N, d): the hidden state; l: the number of loops behind it
+    h (B, N, d): the hidden state; l = 1..L: the loop that makes h^l
 """
 
 import argparse
@@ -61,7 +61,8 @@ def require(condition, message):
 
 
 # ---- 1. Schedule and forward process ----
-# Everything else derives from the first three functions. Another schedule is another three.
+# Another schedule is another three of the first functions. All else derives from them, but for the ordered
+# sampler: it reveals equally many tokens in each step, whatever the schedule.
 
 def alpha(t):
     """The probability that an editable token is still visible at time t: 1 at t = 0, 0 at t = 1."""
@@ -109,7 +110,7 @@ class Config:
     """The model. It is kept in the checkpoint. The defaults are the paper's form, as far as we know it."""
 
     vocab: int  # V, MASK included
-    coords: tuple  # N. Ours: N rows of coordinates, one for each position (Sudoku: row, column, box)
+    coords: tuple  # the length N. Ours: N rows, the coordinates of a position (Sudoku: row, column, box)
     width: int = 64  # d: small enough to train in minutes on a CPU
     heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider ones are faster on a CPU
     layers: int = 1  # K, the layers of the looped block: one shows what loops alone can do
@@ -238,10 +239,12 @@ class RMDM(nn.Module):
             h = h + h0  # ours
         return self.block(self.loop_norm(h))  # f(Norm(.))
 
-    def begin(self, h0, start=None):
-        """Where the recursion begins: h (B, N, d), and the number of loops behind it (B,). That is h^0 and 0.
+    def first_state(self, h0, start=None):
+        """Where the recursion begins: h (B, N, d), and how many loops h has had (B,). That is h^0 and 0.
 
-        Ours: with `start` = (h, l) an example goes on from an h that l > 0 earlier loops have made."""
+        Ours: with `start` = (h, l) an example goes on from an h that l > 0 earlier loops have made. Its
+        tokens may have changed since. They reach the network by the injection of h^0 alone, so this needs
+        `inject`."""
         if start is None:
             return h0, torch.zeros(len(h0), dtype=torch.long, device=h0.device)
         h, l = start
@@ -259,14 +262,14 @@ class RMDM(nn.Module):
         loops       default: config.loops
         supervise   eq. (5): "final" reads off after the last loop, R = 1; "all" after each that has gradient
         grad_loops  eq. (5): only the last so many loops have gradient; 0 = all of them
-        start       ours, see `begin`"""
+        start       ours, see `first_state`"""
         L = loops or self.config.loops
         M = min(grad_loops or L, L)
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
-        h, l = self.begin(h0, start)
+        h, l = self.first_state(h0, start)
         states = []
         for k in range(1, L + 1):
-            with torch.set_grad_enabled(torch.is_grad_enabled() if k > L - M else False):
+            with torch.set_grad_enabled(k > L - M and torch.is_grad_enabled()):
                 h = self.loop(h, h0, l + k, t)  # h^l
             states.append(h)
         states = states[-M:] if supervise == "all" else states[-1:]  # (5)
@@ -278,12 +281,12 @@ class RMDM(nn.Module):
         eps     LoopMDM's adaptive stop, eq. (7): an example stops, and costs nothing more, at the first loop
                 where ||h^l - h^{l-1}|| / ||h^l|| < eps. 0 = all loops are run
         noise   ours, eq. (8): the size of Gaussian noise that is added to h^0
-        start   ours, see `begin`"""
+        start   ours, see `first_state`"""
         L = loops or self.config.loops
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
             h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
-        h, l = self.begin(h0, start)
+        h, l = self.first_state(h0, start)
         final, used = torch.empty_like(h), torch.full_like(l, L)
         going = torch.arange(len(x_t), device=x_t.device)  # the examples that have not stopped
         for k in range(1, L + 1):
@@ -293,6 +296,8 @@ class RMDM(nn.Module):
                 stop = change < eps
                 final[going[stop]], used[going[stop]] = h[stop], k
                 going, h, h0, l, t = (part[~stop] for part in (going, h, h0, l, t))
+                if not len(going):
+                    break
         final[going] = h
         return self.decode(final), used, final  # D(h^L)
 
@@ -336,12 +341,13 @@ def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0,
     x_t, masked = corrupt(x0, t, editable, generator)  # (1)
     options = dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
     nats, right, _ = weighted_nats(WEIGHTS[objective], model, x0, x_t, masked, t, **options)  # (3) or (4)
+    return per_token(nats, right, masked, editable)
+
+
+def per_token(nats, right, masked, editable):
+    """Nats (R, B) per editable token, and the share of the masked tokens that is right."""
     nats = nats.mean(0)  # (5): over loops. To weigh them by l/L, do it here
-    return nats.sum() / editable.sum().clamp(min=1), share_right(right, masked)
-
-
-def share_right(right, masked):
-    return (right & masked).sum() / masked.sum().clamp(min=1)
+    return nats.sum() / editable.sum().clamp(min=1), (right & masked).sum() / masked.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -360,7 +366,7 @@ ORDERS = ("ancestral", "random", "confidence", "margin", "entropy")
 
 
 def reveal_ancestral(masked, t, s, generator):
-    """What the exact reverse process reveals from t to s, tensors without axes, eq. (6): (B, N) bool."""
+    """What the exact reverse process reveals from time t to time s < t, eq. (6): (B, N) bool."""
     share = (alpha(s) - alpha(t)) / (1 - alpha(t))  # (6)
     return masked & (torch.rand(masked.shape, generator=generator, dtype=t.dtype, device=t.device) < share)
 
@@ -371,13 +377,14 @@ def reveal_ordered(masked, p, steps_left, order, threshold, generator):
     In each example that is the ceil(masked / steps left) surest tokens, and all that reach the threshold."""
     sure = score = p.amax(-1)
     if order == "margin":
-        score = p.topk(2, -1).values.diff(dim=-1)[..., 0].neg()
+        first, second = p.topk(2, -1).values.unbind(-1)
+        score = first - second
     elif order == "entropy":
         score = torch.xlogy(p, p).sum(-1)  # minus the entropy, so that the least uncertain comes first
     elif order == "random":
         score = torch.rand(sure.shape, generator=generator, dtype=p.dtype, device=p.device)
     rank = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
-    chosen = rank < -(-masked.sum(1, keepdim=True) // steps_left)  # (6)
+    chosen = rank < (masked.sum(1, keepdim=True) + steps_left - 1) // steps_left  # (6): rounded up
     return masked & (chosen if threshold is None else chosen | (sure >= threshold))
 
 
@@ -407,10 +414,11 @@ def sample(
     temperature  1 draws tokens from p_theta, 0 takes the likeliest, which is right for puzzles. Default: 1 in
                  ancestral order, else 0. The order is always judged at temperature 1
     noise        ours: on h^0, drawn anew at every step, eq. (8)
-    later_loops  ours: each step after the first goes on from the h of the step before, with so many loops.
-                 Default: every step begins at h^0, with `loops` loops, as in the paper
-    give_up      ours: a function of x (B, N), called after each step. Where it is True (B,) the example ends,
-                 and tokens may still be MASK. With it a task can drop what cannot come right any more
+    later_loops  ours: each step after the first goes on from the h of the step before, with so many loops. It
+                 needs `inject`. Default: every step begins at h^0, with `loops` loops, as in the paper
+    give_up      ours: a function of x (B, N), called after each step that reveals tokens. Where it is True
+                 (B,) the example ends, and tokens may still be MASK: a task drops what cannot come right any
+                 more
 
     An example costs nothing once it is full, nor in an ancestral step that reveals none of its tokens."""
     editable = x == MASK if editable is None else editable
@@ -418,7 +426,8 @@ def sample(
     check_sampling(model, x, editable, order, (steps, loops, later_loops), sizes)
     temperature = float(order == "ancestral") if temperature is None else temperature
     x, masked = torch.where(editable, MASK, x), editable  # not x == MASK: a MASK may be there to be kept
-    used_steps, used_loops, history, kept = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), [], None
+    used_steps, used_loops, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
+    last_h = None  # (B, N, d): kept for later_loops alone
     for left in range(steps, 0, -1):
         if order == "ancestral":  # what is revealed does not depend on the network
             t, s = torch.tensor([left, left - 1], dtype=torch.float64, device=x.device) / steps
@@ -430,12 +439,14 @@ def sample(
             t = alpha_inverse(1 - masked[i].sum(1) / editable[i].sum(1))
         if not len(i):
             continue
-        L, start = (loops, None) if kept is None else (later_loops, (kept[i], used_loops[i]))
+        L, start = loops, None
+        if last_h is not None:
+            L, start = later_loops, (last_h[i], used_loops[i])
         with autocast(x.device):
             logits, used, h = model.infer(x[i], t, L, eps, noise, generator, start)
         if later_loops:
-            kept = h.new_zeros(len(x), *h.shape[1:]) if kept is None else kept
-            kept[i] = h
+            last_h = h.new_zeros(len(x), *h.shape[1:]) if last_h is None else last_h
+            last_h[i] = h
         p = logits.double().softmax(-1)  # p_theta(x0 | x_t)
         require(p.isfinite().all(), "the model's logits are not finite")
         if order != "ancestral":
@@ -467,8 +478,10 @@ def check_sampling(model, x, editable, order, counts, sizes):
     require(good, "steps, loops and later_loops are from 1 to a million")
     good = all(0 <= size < math.inf for size in sizes if size is not None)
     require(good, "eps, noise, temperature and threshold are finite, and at least 0")
-    plain = sizes[3] is None and counts[2] is None
+    (*_, later_loops), (*_, threshold) = counts, sizes
+    plain = threshold is None and later_loops is None
     require(plain or order != "ancestral", "threshold and later_loops need an order other than ancestral")
+    require(later_loops is None or model.config.inject, "later_loops needs a model with inject=true")
 
 
 # ---- 5. Ours: carried examples ----
@@ -480,27 +493,29 @@ def carried_loss(
 
     `kept` is a dict, empty at first. From call to call it keeps the examples, which of their tokens are
     masked, and their h. A call runs `grad_loops` loops of each example, from the h that was kept. An example
-    leaves when all its masked tokens are right, or when it has had `oldest` loops. Then one of x0 takes its
-    place.
+    leaves when all its masked tokens are right, or when it has had `oldest` loops. Then the example of x0 in
+    the same row takes its place. The other rows of x0 are not used.
 
     It helps for two reasons. An example gets many loops though a training step pays for few. And hard
     examples stay longer than easy ones. For this second reason the value is no estimate of (3) or (4)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    batch = dict(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable)
-    l = kept.get("l", torch.zeros_like(x0[:, 0]))  # the loops that each kept example has had; 0 = free place
-    h = kept.get("h", torch.zeros((), device=x0.device))
-    require(len(l) == len(x0), f"a batch of {len(x0)} after one of {len(l)}: carried examples need equal ones")
-    for key, new in batch.items():
-        stays = (l > 0).view(-1, *[1] * (new.ndim - 1))
-        batch[key] = torch.where(stays, kept.get(key, new), new)
-    x0, x_t, masked, t, editable = batch.values()
-    options = dict(supervise=supervise, loops=grad_loops, start=(h, l))
+    done = kept.get("l", torch.zeros_like(x0[:, 0]))  # the loops that each kept example has had; 0 = free
+    sizes = f"a batch of {len(x0)} after one of {len(done)}"
+    require(len(done) == len(x0), f"{sizes}: carried examples need equal ones")
+
+    def stay(name, new):
+        return torch.where((done > 0).view(-1, *[1] * (new.ndim - 1)), kept[name], new) if kept else new
+
+    x0, x_t, masked = stay("x0", x0), stay("x_t", x_t), stay("masked", masked)
+    t, editable = stay("t", t), stay("editable", editable)
+    start = (kept["h"], done) if kept else None
+    options = dict(supervise=supervise, loops=grad_loops, start=start)
     nats, right, h = weighted_nats(WEIGHTS[objective], model, x0, x_t, masked, t, **options)
-    l = l + grad_loops
-    leaves = (right | ~masked).all(1) | (l >= oldest)
-    kept.update(batch, h=h, l=torch.where(leaves, 0, l))
-    return nats.mean(0).sum() / editable.sum().clamp(min=1), share_right(right, masked)
+    done = done + grad_loops
+    leaves = (right | ~masked).all(1) | (done >= oldest)
+    kept.update(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable, h=h, l=torch.where(leaves, 0, done))
+    return per_token(nats, right, masked, editable)
 
 
 # ---- 6. Training and checkpoints ----
@@ -653,8 +668,9 @@ def begin(out, config, training, about=None, resume=False):
     saved = read(out / "checkpoint.pt")
     for part, new in settings.items():
         for key in new | saved[part]:
-            old, now = (str(settings.get(key))[:40] for settings in (saved[part], new))
-            require(old == now, f"{out}: the run was begun with {key}={old}, not {now}")
+            old, now = saved[part].get(key), new.get(key)
+            shown = f"{key}={str(old)[:40]}, not {str(now)[:40]}"
+            require(old == now, f"{out}: the run was begun with {shown}")
     return settings, saved
 
 

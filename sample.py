@@ -89,24 +89,26 @@ def solve(task, models, problems, tries=1, first={}, again={}, generator=None, t
     first, again  options of rmdm.sample, in the first try and in further tries. Where the task has symmetries (Sudoku),
                   each further try sees the problem through a random one
 
-    After the first try, problems that are left get several tries in each round, side by side in one batch, since a
-    batch costs hardly more than a single try: 8, then 16, and so on. All tries of a round are counted. A try ends as
-    soon as it breaks a rule, or another one of its round has solved the problem."""
+    After the first try, problems that are left get several tries in each round: 8, then 16, and so on, as far as a
+    batch has room. Side by side in one batch they cost hardly more than one. All tries of a round are counted. A try
+    ends as soon as it breaks a rule, or another one of its round has solved the problem."""
     P, batch = len(problems), BATCH[models[0].coords.device.type]
     require(1 <= tries <= 10**6, "tries is from 1 to a million")
-    out = Solved(np.zeros((P, len(models[0].config.coords)), int), *np.zeros((5, P), int), [None] * P, [])
-    out.right, todo, began = out.right > 0, np.arange(P), time.perf_counter()
+    x, counts = np.zeros((P, len(models[0].config.coords)), int), np.zeros((4, P), int)
+    out = Solved(x, np.zeros(P, bool), *counts, traces=[None] * P, rounds=[])
+    todo, began = np.arange(P), time.perf_counter()
     run = 0  # tries that each problem in `todo` has had
     bar = tqdm(total=P, desc="solved", unit="problem", leave=False, delay=1)  # delay: in seconds
     try:
         while len(todo) and run < tries:
-            k = min(tries - run, 4 << len(out.rounds), max(1, batch // len(todo))) if run else 1
+            room = max(1, batch // len(todo))
+            k = min(tries - run, 4 << len(out.rounds), room) if run else 1  # tries of each problem in this round
             for some in np.array_split(todo, range(batch // k, len(todo), batch // k)):
                 rows = some.repeat(k)  # each problem k times
                 symmetry = task.SYMMETRY if run else None
                 options = again if run else first
                 if tries > 1:  # a single try is seen through, for its score
-                    options = options | dict(give_up=lambda x, k=k: hopeless(task, x, k))
+                    options = options | dict(give_up=lambda x: hopeless(task, x, k))
                 filled = attempt(task, models[run > 0], problems[rows], symmetry, generator, trace, options)
                 x = filled.x.cpu().numpy()
                 good = task.right(problems[rows], x).reshape(-1, k)
@@ -140,7 +142,9 @@ def hopeless(task, x, k):
 
 
 def attempt(task, model, problems, symmetry, generator, trace, options):
-    """One try at each of the problems, through a random symmetry if the task has one: rmdm.Filled."""
+    """One try at each of the problems, through a random symmetry if the task has one: rmdm.Filled.
+
+    options are those of rmdm.sample. Its `give_up` sees x as it is after the symmetry."""
     x, editable = task.start(model, problems)
     if symmetry is None:
         return rmdm.sample(model, x, editable, generator=generator, trace=trace, **options)

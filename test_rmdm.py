@@ -1019,6 +1019,7 @@ def test_the_links_in_the_readme_hit_and_its_commands_exist(cli):
     for path in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README):
         assert (HERE / path).exists(), path
     blocks = "\n".join(re.findall(r"```(?:sh|bash|console)?\n(.*?)```", README, re.S)).replace("\\\n", " ")
+    blocks += "\n".join(re.findall(r"`(python [^`\n]+)`", README))
     commands = [shlex.split(line, comments=True) for line in re.findall(r"\bpython (.*)", blocks)]
     scripts = {"train_sudoku.py": sudoku, "train_countdown.py": countdown, "sample.py": sample}
     assert {argv[0] for argv in commands} >= set(scripts)
@@ -1031,6 +1032,18 @@ def test_the_links_in_the_readme_hit_and_its_commands_exist(cli):
             assert not missing + unknown, (script, argv)
         else:
             assert script.startswith("-") or (HERE / script).exists(), script
+
+
+@torch.no_grad()
+def test_the_step_in_the_readme_is_what_sample_does():
+    code = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "model.loop(" in code)
+    model, T, L = tiny(coords=6), 4, 3
+    names = dict(model=model, math=math, torch=torch, L=L, x=torch.zeros(6, dtype=torch.long))
+    names["masked"] = names["x"] == MASK
+    for left in range(T, 0, -1):
+        names |= dict(steps_left=left, t=names["masked"].float().mean()[None])
+        exec(code, names)
+    assert torch.equal(names["x"], rmdm.sample(model, torch.zeros(1, 6, dtype=torch.long), steps=T, loops=L).x[0])
 
 
 def test_rmdm_alone_in_an_empty_folder_runs_the_readme_example(tmp_path):
