@@ -269,7 +269,8 @@ class RMDM(nn.Module):
         h, l = self.first_state(h0, start)
         states = []
         for k in range(1, L + 1):
-            with torch.set_grad_enabled(k > L - M and torch.is_grad_enabled()):
+            # Written so, torch.compile takes it as one graph.
+            with torch.set_grad_enabled(torch.is_grad_enabled() if k > L - M else False):
                 h = self.loop(h, h0, l + k, t)  # h^l
             states.append(h)
         states = states[-M:] if supervise == "all" else states[-1:]  # (5)

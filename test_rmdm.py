@@ -1018,9 +1018,10 @@ def test_the_links_in_the_readme_hit_and_its_commands_exist(cli):
         assert re.match(rf"\s*(def|class) {name}\b|{name} = ", code), f"{name} is not at line {line} of {path}"
     for path in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", README):
         assert (HERE / path).exists(), path
-    blocks = "\n".join(re.findall(r"```(?:sh|bash|console)?\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    blocks += "\n".join(re.findall(r"`(python [^`\n]+)`", README))
-    commands = [shlex.split(line, comments=True) for line in re.findall(r"\bpython (.*)", blocks)]
+    blocks = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M) if kind in ("", "sh")]
+    lines = [*"".join(blocks).replace("\\\n", " ").splitlines(), *re.findall(r"`(python [^`\n]+)`", README)]
+    lines = [found[1] for line in lines if (found := re.search(r"\bpython (.*)", line))]
+    commands = [shlex.split(line, comments=True) for line in lines]
     scripts = {"train_sudoku.py": sudoku, "train_countdown.py": countdown, "sample.py": sample}
     assert {argv[0] for argv in commands} >= set(scripts)
     names = {f.name for kind in (Config, TrainConfig) for f in fields(kind)}
