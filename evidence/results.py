@@ -279,9 +279,9 @@ COMMANDS = (
     ("sudoku.py", "Sudoku, with what we added", "sudoku-short", "kaggle3m", 20, "yes"),
     ("sudoku.py --preset long", "twice as wide, four times the steps", "sudoku-long", "kaggle3m", 20, "yes"),
     ("sudoku.py --paper", "the paper's form", "sudoku-paper", "kaggle3m", 20, "no"),
-    ("countdown.py", "Countdown, three operands", "countdown-cpu", "cd3", 34, "no; two cores"),
+    ("countdown.py", "Countdown, three operands", "countdown-cpu", "cd3", 34, "no (two cores)"),
     ("countdown.py --preset long", "three layers, five times the steps", "countdown-3", "cd3", 8, "yes"),
-    ("countdown.py --numbers 4", "four operands", "countdown-4", "cd4", 8, "yes; a faster core"),
+    ("countdown.py --numbers 4", "four operands", "countdown-4", "cd4", 8, "yes (a faster core)"),
     ("countdown.py --paper", "the paper's form", "countdown-paper", "cd3", 34, "no"),
 )
 
@@ -319,14 +319,14 @@ def claims():
         (
             "L loops of one layer do as well as L layers",
             VERDICTS[0],
-            f"NELBO after 800 steps: 8 loops {bound(depth, '1 x 8', 800)}, 8 layers {bound(depth, '8 x 1', 800)}, "
-            f"one layer without loops {bound(depth, '1 x 1', 800)}",
+            f"NELBO after 800 training steps: 8 loops {bound(depth, '1 x 8', 800)}, "
+            f"8 layers {bound(depth, '8 x 1', 800)}, one layer without loops {bound(depth, '1 x 1', 800)}",
         ),
         (
             "loops replace denoising steps",
             VERDICTS[1],
             f"mixed puzzles solved with 40 loops in all: 1 loop x 40 steps {grid(1, 40)}, 2 x 20 {grid(2, 20)}, "
-            f"4 x 10 {grid(4, 10)}, 8 x 5 {grid(8, 5)}; 8 x 40 {grid(8, 40)}",
+            f"4 x 10 {grid(4, 10)}, 8 x 5 {grid(8, 5)}. With 320, 8 x 40: {grid(8, 40)}",
         ),
         (
             "more loops than in training help\\*",
@@ -337,14 +337,15 @@ def claims():
         (
             "the loss at every loop helps\\*",
             VERDICTS[3],
-            f"NELBO: all loops {bound(depth, '1 x 8', 800)} after 800 steps; the final loop alone {final:.1f} after "
-            "2,000 at the best of its rates (one seed)",
+            f"NELBO: all loops {bound(depth, '1 x 8', 800)} after 800 training steps; the final loop alone "
+            f"{final:.1f} after 2,000, at the best rate tried (one seed; guessing is 125)",
         ),
         (
             "to loop some of the layers pays (LoopMDM)",
             VERDICTS[4],
-            f"NELBO: 1 + 1 x 8 + 1 {bound(looped, '1 + 1 x 8 + 1', 1500)}; 3 layers for as many operations "
-            f"{bound(looped, '3 x 1', 3250)}. With our attention bias {bias[0]}; 8 layers {bias[-1]}",
+            f"NELBO: three layers, the middle one looped, {bound(looped, '1 + 1 x 8 + 1', 1500)}; not looped, but "
+            f"trained longer, for as many operations, {bound(looped, '3 x 1', 3250)}. Both with our attention "
+            f"bias: looped {bias[0]}, eight layers {bias[-1]}",
         ),
         (
             "an adaptive stop saves loops (LoopMDM)",
@@ -353,10 +354,17 @@ def claims():
             f"{stop[0.2][0]} with {stop[0.2][1]} (eps 0.2)",
         ),
     ]
+    rows = [(f"[{claim}](evidence/README.md#{section})", *cells) for (claim, *cells), section in zip(rows, SECTIONS)]
     return table(("claim", "holds?", "measured on Sudoku"), rows)
 
 
-VERDICTS = "nearly", "yes, one for one", "no", "yes", "no; with our attention bias yes", "a fifth"
+SECTIONS = (
+    "do-loops-replace-layers",
+    *["do-loops-replace-steps"] * 2,
+    "does-supervising-every-loop-matter",
+    *["does-looping-a-part-pay"] * 2,
+)
+VERDICTS = "nearly", "yes", "no", "yes", "no; with our attention bias yes", "on one of two seeds"
 NAMES = {
     "ye2024_test": "easy (ye2024_test)",
     "kaggle3m": "mixed (kaggle3m)",
@@ -368,14 +376,14 @@ NAMES = {
 }
 
 
-def summary(task, models, steps):
-    """First tries of each model at each T, and what the default of sample.py solves."""
+def summary(task, models):
+    """First tries of the models {name: (log, its numbers of steps)}, and what the default of sample.py solves."""
     rows = []
     for file, row in default(task).items():
-        tries = [first_try(models[name], file, T) for name in models for T in steps]
+        tries = [first_try(log, file, T) for log, steps in models.values() for T in steps]
         cost = f"{100 * row['valid' if task == 'sudoku' else 'solved']:.1f}", f"{row['seconds'] / row['n']:.2f}"
         rows.append((NAMES[file], row["n"], *tries, *cost))
-    names = [f"{name} T={T}".strip() for name in models for T in steps]
+    names = [f"{name} T={T}".strip() for name, (_, steps) in models.items() for T in steps]
     what = "puzzles" if task == "sudoku" else "problems"
     return table((what, "n", *names, "solved with tries", "seconds each"), rows)
 
@@ -413,12 +421,17 @@ MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/t
 LOOPS = {"loops in training": trained, "L": "L", "eps": "eps"}
 OPERANDS = [f"countdown-{name}" for name in "3 4-slow 4 4-wide 5".split()]
 LOOPED = STEPS | FLOPS | {"rate": last("lr")} | NELBO | {"held-out, T=20": last("exact_T20", 100)}
+MODELS_SHOWN = {
+    "paper's form": ("sudoku-paper", (20,)),
+    "short": ("sudoku-short", (1, 20)),
+    "long": ("sudoku-long", (1, 20)),
+}
 GRID = {"set": "file", "L": "L"}
 TABLES = {
     "commands": commands,
     "claims": claims,
-    "sudoku-summary": lambda: summary("sudoku", {"short": "sudoku-short", "long": "sudoku-long"}, (1, 20)),
-    "countdown-summary": lambda: summary("countdown", {"": "countdown-3 countdown-4"}, (1, 8)),
+    "sudoku-summary": lambda: summary("sudoku", MODELS_SHOWN),
+    "countdown-summary": lambda: summary("countdown", {"": ("countdown-3 countdown-4", (1, 8))}),
     "sudoku-paper": lambda: pivot("sudoku-paper", {"set": "file"}),
     "countdown-paper": lambda: pivot("countdown-paper", {"set": "file"}),
     "sudoku-paper-depth": lambda: compare(runs("sudoku-paper-depth"), DEPTH | on("ye2024_test", 20)),
