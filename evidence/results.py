@@ -35,7 +35,7 @@ def scores(path):
     rows, usual = [], dict(checkpoint="", eps=0.0, order="confidence", threshold=None)
     for row in lines(path):
         if "T" in row:
-            row |= dict(L=row["first"].pop("loops", None)) | row["first"]
+            row |= dict(L=row["first"].pop("loops", None), checkpoint=row["checkpoint"][0]) | row["first"]
         else:  # written up to commit 60cf229
             row |= dict(T=row["steps"], L=row.get("loops"), loops=row["nfe"])
         known = [row[key] for key in ("solved", "exact", "valid") if row.get(key) is not None]
@@ -276,6 +276,7 @@ def default(task):
 
 
 COMMANDS = (
+    ("sudoku.py --set steps=1000", "Sudoku, a quick look", "sudoku-quick", "kaggle3m", 20, "no"),
     ("sudoku.py", "Sudoku, with what we added", "sudoku-short", "kaggle3m", 20, "yes"),
     ("sudoku.py --preset long", "twice as wide, four times the steps", "sudoku-long", "kaggle3m", 20, "yes"),
     ("sudoku.py --paper", "the paper's form", "sudoku-paper", "kaggle3m", 20, "no"),
@@ -445,6 +446,7 @@ TABLES = {
     "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
     "sudoku-presets": presets,
     "sudoku-choices": choices,
+    "sudoku-generated": lambda: pivot("sudoku-generated", {"model": "checkpoint", "L": "L"}),
     "sudoku-orders": lambda: pivot("sudoku-orders", {"order": "order"}, where(file=["kaggle3m"])),
     "sudoku-more-loops": lambda: pivot("sudoku-more-loops sudoku-adaptive", LOOPS, MORE),
     "sudoku-solving": lambda: solving("sudoku"),
