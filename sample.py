@@ -11,7 +11,7 @@ Without --data it *solves*: an answer that breaks the task's rules is tried agai
 *measures*: one plain try a problem. With --data and --tries it measures what solving would make of the file.
 
 A Sudoku is 81 digits, with 0 . _ or * for a blank, on one line or drawn as a grid. Exit code: 0 if every answer is
-right, 1 if one is not, 2 if the input is bad.
+right, 1 if one is not, 2 if the input is bad. With --data it is 0 for any scores.
 """
 
 import argparse
@@ -66,7 +66,6 @@ class Solved:
     """What `solve` returns, for P problems."""
 
     x: np.ndarray  # (P, N) answers: the first right one, else the last
-    right: np.ndarray  # (P,) bool
     tries: np.ndarray  # (P,) tries that were run
     first: np.ndarray  # (P,) which try was the first right one; 0 = none
     steps: np.ndarray  # (P,) denoising steps in all tries
@@ -74,18 +73,23 @@ class Solved:
     traces: list  # if asked for: the denoising steps of the answer, see rmdm.Filled
     rounds: list  # (tries a problem so far, share solved, seconds so far) after each round
 
+    @property
+    def right(self):
+        """(P,) bool."""
+        return self.first > 0
+
     def scores(self):
         """Means over the problems, and the share solved within n tries, for n = 1, 2, 4, .."""
         means = {key: getattr(self, key).mean().item() for key in ("tries", "steps", "loops")}
         limits = (2**k for k in range(self.rounds[-1][0].bit_length()))
-        return means | {f"within_{n}": (self.right & (self.first <= n)).mean().item() for n in limits}
+        return means | {f"within_{n}": self.right[self.first <= n].sum().item() / len(self.right) for n in limits}
 
 
-def solve(task, models, problems, tries=1, first={}, again={}, generator=None, trace=False):
+def solve(task, models, problems, steps=1, tries=1, first={}, again={}, generator=None, trace=False):
     """Solve problems (P, ..) by rmdm.sample, with restarts: what the task's rules refuse is tried again.
 
     models        those of the first try and of further tries
-    tries         at most so many
+    steps, tries  denoising steps in a try, and tries: at most so many
     first, again  options of rmdm.sample, in the first try and in further tries. Where the task has symmetries (Sudoku),
                   each further try sees the problem through a random one
 
@@ -94,8 +98,7 @@ def solve(task, models, problems, tries=1, first={}, again={}, generator=None, t
     ends as soon as it breaks a rule, or another one of its round has solved the problem."""
     P, batch = len(problems), BATCH[models[0].coords.device.type]
     require(1 <= tries <= 10**6, "tries is from 1 to a million")
-    x, counts = np.zeros((P, len(models[0].config.coords)), int), np.zeros((4, P), int)
-    out = Solved(x, np.zeros(P, bool), *counts, traces=[None] * P, rounds=[])
+    out = Solved(np.zeros((P, len(models[0].config.coords)), int), *np.zeros((4, P), int), [None] * P, [])
     todo, began = np.arange(P), time.perf_counter()
     run = 0  # tries that each problem in `todo` has had
     bar = tqdm(total=P, desc="solved", unit="problem", leave=False, delay=1)  # delay: in seconds
@@ -106,22 +109,22 @@ def solve(task, models, problems, tries=1, first={}, again={}, generator=None, t
             for some in np.array_split(todo, range(batch // k, len(todo), batch // k)):
                 rows = some.repeat(k)  # each problem k times
                 symmetry = task.SYMMETRY if run else None
-                options = again if run else first
+                options = dict(steps=steps) | (again if run else first)
                 if tries > 1:  # a single try is seen through, for its score
-                    options = options | dict(give_up=lambda x: hopeless(task, x, k))
+                    options |= dict(give_up=lambda x: hopeless(task, x, k))
                 filled = attempt(task, models[run > 0], problems[rows], symmetry, generator, trace, options)
                 x = filled.x.cpu().numpy()
                 good = task.right(problems[rows], x).reshape(-1, k)
                 chosen = np.where(good.any(1), good.argmax(1), k - 1)  # of the k tries of a problem
                 at = np.arange(len(some)) * k + chosen
-                out.x[some], out.right[some] = x[at], good.any(1)
+                out.x[some] = x[at]
                 out.first[some] = np.where(good.any(1), run + 1 + chosen, 0)
                 out.tries[some] += k
                 for total, new in ((out.steps, filled.steps), (out.loops, filled.loops)):
                     total[some] += new.cpu().numpy().reshape(-1, k).sum(1)
                 for i, row in zip(some, at) if trace else ():
-                    steps = ({key: value[row] for key, value in step.items()} for step in filled.trace)
-                    out.traces[i] = [step for step in steps if step["loops"]]
+                    taken = ({key: value[row] for key, value in step.items()} for step in filled.trace)
+                    out.traces[i] = [step for step in taken if step["loops"]]
                 bar.update(int(good.any(1).sum()))
             run, todo = run + k, todo[~out.right[todo]]
             out.rounds.append((run, out.right.mean().item(), time.perf_counter() - began))
@@ -328,15 +331,11 @@ def main():
     measure(task, models, files, problems, solutions, steps, generator, args, how)
 
 
-def with_steps(how, T):
-    return how | {part: how[part] | dict(steps=T) for part in ("first", "again")}
-
-
 def solve_and_show(task, models, problems, T, generator, trace, how):
     """Solve the problems, some at a time, and print the answers. Returns the exit code."""
     right, began = 0, time.perf_counter()
     for some in np.array_split(problems, range(100, len(problems), 100)):
-        out = solve(task, models, some, generator=generator, trace=trace, **with_steps(how, T))
+        out = solve(task, models, some, steps=T, generator=generator, trace=trace, **how)
         show(task, models[0], some, out, trace, how["first"].get("loops", models[0].config.loops))
         right += out.right.sum()
     print(f"{right} of {len(problems)} right, {time.perf_counter() - began:.2f} s")
@@ -351,7 +350,7 @@ def measure(task, models, files, problems, solutions, steps, generator, args, ho
     for T in steps:  # for each the generator anew: no score depends on another
         began = time.perf_counter()
         generator.manual_seed(args.seed)
-        out = solve(task, models, problems, generator=generator, **with_steps(how, T))
+        out = solve(task, models, problems, steps=T, generator=generator, **how)
         score = dict(n=len(problems)) | task.score(problems, solutions, out.x) | out.scores()
         score["seconds"] = time.perf_counter() - began
         if args.json:

@@ -26,6 +26,7 @@ The first part, the prompt, is never editable. The second part is, with its blan
 like any other token.
 """
 
+import functools
 import itertools
 import json
 import random
@@ -245,6 +246,7 @@ COORDS = {  # for rmdm.Config, (N, 3): equation, role in it, and place of the di
 LENGTHS = {len(table): n for n, table in COORDS.items()}  # the lengths of a sequence, N -> n
 
 
+@functools.cache  # `decode` asks for it with every answer
 def editable(N):
     """(N,) bool, True = answer, False = prompt."""
     return np.array([k > 0 for k, _, _ in COORDS[LENGTHS[N]]])
@@ -484,7 +486,8 @@ def main():
     rmdm.set_threads(training=True)
     settings = rmdm.resumed_settings(parser, args) if args.resume else chosen(args)
     config, training, about = settings
-    rmdm.begin(args.out, *settings, resume=args.resume)
+    if not args.resume:
+        rmdm.begin(args.out, *settings)  # before the data are made
     seen, tests = data(about, training.seed)
     N, operands = len(config.coords), tests["held-out operands"]
     x0 = torch.from_numpy(encode(*operands)).long().to(device)

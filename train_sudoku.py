@@ -66,8 +66,8 @@ def right(puzzles, boards):
 
 def broken(x):
     """Which boards x (n, 81), tensors, cannot come right, however their blanks are filled: (n,) bool."""
-    counts = F.one_hot(x[:, UNITS], 10).sum(2)[..., 1:]  # (n, 27, 9): how often each digit is in each unit
-    return (counts > 1).any(2).any(1)
+    units = x[:, UNITS].sort(-1).values  # (n, 27, 9): a digit that is there twice stands beside itself
+    return ((units[..., 1:] == units[..., :-1]) & (units[..., 1:] != MASK)).flatten(1).any(1)
 
 
 def cell_name(cell, N=81):
@@ -301,9 +301,7 @@ def read(text, where="", operands=None):
         )
         for i in range(0, len(found), 4096):  # some at a time, to save memory
             p, s = puzzles[i : i + 4096], solutions[i : i + 4096]
-            unit = np.sort(p[:, UNITS], -1)
-            twice = ((unit[..., 1:] == unit[..., :-1]) & (unit[..., 1:] != MASK)).any((1, 2))
-            for k in np.flatnonzero(twice | s.any(1) & ~right(p, s))[:1]:
+            for k in np.flatnonzero(broken(torch.from_numpy(p)).numpy() | s.any(1) & ~right(p, s))[:1]:
                 n = numbers[i + k]
                 raise BadInput(check(p[k]) or f"the solution is wrong: {check(s[k], p[k])}")
     except BadInput as e:
@@ -441,7 +439,8 @@ def main():
     rmdm.set_threads(training=True)
     settings = rmdm.resumed_settings(parser, args) if args.resume else chosen(args, device)
     config, training, about = settings
-    rmdm.begin(args.out, *settings, resume=args.resume)
+    if not args.resume:
+        rmdm.begin(args.out, *settings)  # before the data are made
     seen, test = data(about, training.seed)
     x0, blank = (torch.from_numpy(part).to(device) for part in (test[1].astype(int), test[0] == MASK))
     few = [part[:128] for part in test]

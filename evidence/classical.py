@@ -52,6 +52,11 @@ def depth_first(c):
     return solved, guesses
 
 
+def candidates(puzzles):
+    """Puzzles (n, 81) as candidate sets (81, n)."""
+    return np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,7 +64,7 @@ def main():
     parser.add_argument("files", metavar="FILE", nargs="+")
     for path in parser.parse_args().files:
         puzzles, _, _ = read(rmdm.read_text(path), path)
-        c = np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)
+        c = candidates(puzzles)
         solved, guesses = depth_first(c)
         facts = {"file": path, "n": len(puzzles), "singles": singles(c).mean(), "search": solved.mean()}
         facts |= {"guesses, median": np.median(guesses), "mean": guesses.mean(), "most": int(guesses.max())}

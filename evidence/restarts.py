@@ -23,8 +23,10 @@ import train_countdown
 import train_sudoku
 
 TRIES, SECONDS = 32, (0.1, 0.2, 0.4, 0.8)
-SUDOKU = dict(steps=81, noise=0.2, threshold=0.97, loops=16, later_loops=8)
-COUNTDOWN = dict(steps=52, order="random", temperature=1.0, threshold=0.99)
+BASE = {  # the weights, and the options that the variants change
+    "sudoku": ("sudoku-short", dict(steps=81, noise=0.2, threshold=0.97, loops=16, later_loops=8)),
+    "countdown": ("countdown-4", dict(steps=52, order="random", temperature=1.0, threshold=0.99)),
+}
 VARIANTS = {  # what differs from the first
     "sudoku": {
         "the base": {},
@@ -56,11 +58,10 @@ def problems(task):
         found, _ = train_countdown.generate(4, 3000, seed=777)
         found = found[np.isin(found[:, 4], train_countdown.held_out_targets(4))]
         return found[np.random.default_rng(0).permutation(len(found))[:64]]
-    from classical import depth_first
+    from classical import candidates, depth_first
 
     puzzles, _ = train_sudoku.generated(8192, seed=424_242)
-    c = np.where(puzzles == rmdm.MASK, 511, 1 << puzzles.astype(int) >> 1).T.astype(np.uint16)
-    return puzzles[np.argsort(-depth_first(c)[1], kind="stable")[:64]]
+    return puzzles[np.argsort(-depth_first(candidates(puzzles))[1], kind="stable")[:64]]
 
 
 def within(right, tries):
@@ -74,13 +75,11 @@ def within(right, tries):
 def main():
     name = sys.argv[1] if len(sys.argv) == 2 else ""
     rmdm.require(name in VARIANTS, "usage: python evidence/restarts.py sudoku|countdown")
-    task, defaults, weights = sample.TASKS[name], SUDOKU, "sudoku-short"
-    if task is train_countdown:
-        defaults, weights = COUNTDOWN, "countdown-4"
+    task, (weights, base) = sample.TASKS[name], BASE[name]
     given = problems(task)
     rows = given.repeat(TRIES, 0)
     for variant, change in VARIANTS[name].items():
-        options = defaults | dict(give_up=lambda x: sample.hopeless(task, x, 1)) | change
+        options = base | dict(give_up=lambda x: sample.hopeless(task, x, 1)) | change
         file = Path(__file__).parents[1] / "weights" / f"{options.pop('model', weights)}.pt"
         model, generator, right, loops = rmdm.load(file), torch.Generator().manual_seed(0), [], 0
         began = time.process_time()
