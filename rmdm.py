@@ -16,7 +16,8 @@ are ours, then training and checkpoints. Smaller additions of ours stand where t
     6. Training and checkpoints                          TrainConfig, train, load
     7. What the scripts share                            override, run_script
 
-The equation numbers are this project's own; README.md lists the equations and all references.
+The equation numbers are this project's own; README.md lists the equations and all references. Eq. (8), tries,
+is in sample.py.
     R-MDM: arXiv 2606.18022. LoopMDM: arXiv 2605.26106. Simple objective: arXiv 2602.15014.
 
 Letters used throughout:
@@ -114,7 +115,7 @@ class Config:
     width: int = 64  # d: small enough to train in minutes on a CPU
     heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider ones are faster on a CPU
     layers: int = 1  # K, the layers of the looped block: one shows what loops alone can do
-    loops: int = 8  # L, in training and in sampling; more helped little on our tasks
+    loops: int = 8  # L, in training and in sampling; in the paper's form more helped little
     time: bool = True  # t is an input of f, as in eq. (2)
     head_layers: int = 0  # LoopMDM, eq. (7): layers that run once, before the loops
     tail_layers: int = 0  # LoopMDM, eq. (7): layers that run once, after the loops
@@ -228,7 +229,7 @@ class RMDM(nn.Module):
         h = self.token(x_t) + sum(table(self.coords[:, axis]) for axis, table in enumerate(self.position))
         if self.config.time:
             h = h + self.embed_time(t)
-        return self.head(h)
+        return self.head(h)  # (7): LoopMDM's layers before the loops
 
     def loop(self, h, h0, l, t):
         """One loop of eq. (2): h^{l-1} and h^0 (B, N, d), l (B,) counted from 1, t (B,) -> h^l (B, N, d)."""
@@ -252,7 +253,7 @@ class RMDM(nn.Module):
 
     def decode(self, h):
         """D of eq. (2): h (B, N, d) -> logits (B, N, V). MASK has -inf, that is, probability 0."""
-        h = self.tail(h)
+        h = self.tail(h)  # (7): LoopMDM's layers after the loops
         with torch.autocast(h.device.type, enabled=False):  # in bfloat16 many tokens would be equally sure
             return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
@@ -348,7 +349,8 @@ def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0,
 def per_token(nats, right, masked, editable):
     """Nats (R, B) per editable token, and the share of the masked tokens that is right."""
     nats = nats.mean(0)  # (5): over loops. To weigh them by l/L, do it here
-    return nats.sum() / editable.sum().clamp(min=1), (right & masked).sum() / masked.sum().clamp(min=1)
+    value = nats.sum() / editable.sum().clamp(min=1)  # ours: one learning rate then suits (3) and (4)
+    return value, (right & masked).sum() / masked.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -411,7 +413,7 @@ def sample(
                  in each step: those of the highest top probability ("confidence"), of the largest gap between
                  the two likeliest tokens ("margin"), of the lowest "entropy", or "random" ones
     loops, eps   loops in each step; with eps at most so many, see RMDM.infer
-    threshold    each step also reveals all tokens whose top probability reaches it, so fewer steps are needed
+    threshold    ours: each step also reveals all tokens whose top probability reaches it, to save steps
     temperature  1 draws tokens from p_theta, 0 takes the likeliest, which is right for puzzles. Default: 1 in
                  ancestral order, else 0. The order is always judged at temperature 1
     noise        ours: on h^0, drawn anew at every step, eq. (8)
@@ -527,11 +529,11 @@ class TrainConfig:
     batch: int = 32  # twice or half as many gained nothing in pilots
     objective: str = "simple"  # eq. (4); or elbo, eq. (3)
     supervise: str = "all"  # eq. (5): the loss at all loops, as in the paper, or at the final one
-    grad_loops: int = 0  # eq. (5): only the last so many loops have gradient; 0 = all
+    grad_loops: int = 0  # eq. (5): only the last so many loops have gradient (needs inject); 0 = all
     loops_min: int = 0  # LoopMDM, eq. (7): each step draws from loops_min..loops; 0 = always `loops`
     carry: int = 0  # ours: `carried_loss` with this as `oldest`; 0 = `loss`
     muon: bool = True  # for the matrices inside the layers; with AdamW alone learning was slower
-    lr: float = 0.02  # of Muon; a form without injection may want less
+    lr: float = 0.02  # of Muon; best of three rates if all loops are supervised, else try 0.007
     lr_rest: float = 4e-3  # of AdamW, for the other parameters: a fifth of lr; without Muon for all
     warmup: int = 100  # steps of linear warm-up; after it a linear decay to zero
     weight_decay: float = 0.01  # of both optimizers; torch's default for AdamW
