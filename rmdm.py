@@ -5,8 +5,8 @@ replaced by the token MASK, and fills them in over T denoising steps. R-MDM appl
 block L times inside each of these steps. So the network gets deeper without more parameters.
 
 This file needs PyTorch and tqdm, and can be copied alone. It works on any sequences of discrete tokens that
-all have the same length. Read it from the top: first comes the papers' method, then carried examples, which
-are ours, then training and checkpoints. Smaller additions of ours stand where they act, and say so.
+all have the same length. Read it from the top: sections 1 to 4 are the papers' method, section 5 is our main
+addition, and the rest trains and keeps models. Other additions of ours are marked "ours" where they act.
 
     1. Schedule and forward process    eq. (1)           alpha, sample_t, corrupt
     2. Recursive transformer           eqs. (2), (7)     Config, Layer, RMDM
@@ -17,7 +17,7 @@ are ours, then training and checkpoints. Smaller additions of ours stand where t
     7. What the scripts share                            override, run_script
 
 The equation numbers are this project's own; README.md lists the equations and all references. Eq. (8), tries,
-is in sample.py.
+is in sample.py; only its noise is here.
     R-MDM: arXiv 2606.18022. LoopMDM: arXiv 2605.26106. Simple objective: arXiv 2602.15014.
 
 Letters used throughout:
@@ -62,8 +62,8 @@ def require(condition, message):
 
 
 # ---- 1. Schedule and forward process ----
-# Another schedule is another three of the first functions. All else derives from them, but for the ordered
-# sampler: it reveals equally many tokens in each step, whatever the schedule.
+# To change the schedule, replace the first three functions. All else derives from them, but for the ordered
+# sampler, which reveals equally many tokens in each step, whatever the schedule.
 
 def alpha(t):
     """The probability that an editable token is still visible at time t: 1 at t = 0, 0 at t = 1."""
@@ -81,9 +81,9 @@ def alpha_inverse(a):
 
 
 def sample_t(n, generator=None, device=None):
-    """n times (n,) in (0, 1], one in each of n equal parts: uniform, with less variance than free draws."""
+    """n values of t in (0, 1], (n,): uniform, but one in each of n equal intervals, for less variance."""
     u = torch.rand(n, generator=generator, device=device)
-    stratum = torch.randperm(n, generator=generator, device=device)  # else row i would always get the i-th
+    stratum = torch.randperm(n, generator=generator, device=device)  # else row i would always get interval i
     return (1 - (stratum + u) / n).clamp(min=2**-24)  # rounding could give 0
 
 
@@ -98,9 +98,8 @@ def corrupt(x0, t, editable, generator=None):
 
 def check_batch(x, editable):
     """Raises BadInput unless x and editable are (B, N), and editable is bool."""
-    shapes = tuple(x.shape), tuple(editable.shape)
-    same = x.ndim == 2 and x.shape == editable.shape
-    require(same, "x {} and editable {}: both are (B, N)".format(*shapes))
+    shapes = f"x {tuple(x.shape)} and editable {tuple(editable.shape)}"
+    require(x.ndim == 2 and x.shape == editable.shape, f"{shapes}: both are (B, N)")
     require(editable.dtype == torch.bool, f"editable is {editable.dtype}, not torch.bool")
 
 
@@ -111,11 +110,11 @@ class Config:
     """The model. It is kept in the checkpoint. The defaults are the paper's form, as far as we know it."""
 
     vocab: int  # V, MASK included
-    coords: tuple  # the length N. Ours: N rows, the coordinates of a position (Sudoku: row, column, box)
+    coords: tuple  # N; or, ours, one tuple of coordinates for each position (Sudoku: row, column, box)
     width: int = 64  # d: small enough to train in minutes on a CPU
-    heads: int = 2  # attention heads, of 32 dimensions at d = 64: fewer and wider ones are faster on a CPU
-    layers: int = 1  # K, the layers of the looped block: one shows what loops alone can do
-    loops: int = 8  # L, in training and in sampling; in the paper's form more helped little
+    heads: int = 2  # attention heads: a few wide ones are faster on a CPU
+    layers: int = 1  # K, the layers of the looped block: with one, all depth comes from the loops
+    loops: int = 8  # L: in the paper's form more gained little. With TrainConfig.carry only that of sampling
     time: bool = True  # t is an input of f, as in eq. (2)
     head_layers: int = 0  # LoopMDM, eq. (7): layers that run once, before the loops
     tail_layers: int = 0  # LoopMDM, eq. (7): layers that run once, after the loops
@@ -139,9 +138,9 @@ class Config:
 class Layer(nn.Module):
     """One transformer layer, (B, N, d) -> (B, N, d): attention in both directions, then an MLP.
 
-    same (axes, N, N) turns on `coord_bias`, which is ours. It is 1 where two positions share their coordinate
-    on an axis, else 0. A learned number for each head and axis, times `same`, is added to the attention
-    logits."""
+    same (axes, N, N) turns on `coord_bias`, which is ours. same[a, i, j] is 1 if positions i and j have the
+    same coordinate on axis a, else 0. A learned number for each head and axis, times `same`, is added to
+    the attention logits."""
 
     def __init__(self, width, heads, same=None):
         super().__init__()
@@ -155,19 +154,19 @@ class Layer(nn.Module):
         self.register_buffer("same", same, persistent=False)
         self.bias = None
         if same is not None:  # even heads start by looking at such positions, odd heads by looking elsewhere
-            sign = (1.0 - 2 * (torch.arange(heads) % 2)).view(heads, 1, 1, 1)
-            self.bias = nn.Parameter(sign.repeat(1, len(same), 1, 1))
+            sign = (-1.0) ** torch.arange(heads)
+            self.bias = nn.Parameter(sign.view(heads, 1, 1, 1).repeat(1, len(same), 1, 1))
 
     def forward(self, h):
         B, N, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, N, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         bias = None if self.bias is None else (self.bias * self.same).sum(1).to(q.dtype)  # (heads, N, N)
         if h.device.type == "cpu":  # for short sequences faster than torch's kernel
-            a = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-            a = (a if bias is None else a + bias).softmax(-1) @ v
+            logits = (q * q.shape[-1] ** -0.5) @ k.mT
+            mixed = (logits if bias is None else logits + bias).softmax(-1) @ v
         else:
-            a = F.scaled_dot_product_attention(q, k, v, bias)
-        h = h + self.out(a.transpose(1, 2).reshape(B, N, d))
+            mixed = F.scaled_dot_product_attention(q, k, v, bias)
+        h = h + self.out(mixed.transpose(1, 2).reshape(B, N, d))
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
@@ -181,10 +180,10 @@ class RMDM(nn.Module):
     E is `encode`, one loop is `loop`, D is `decode`. Only h carries information from loop to loop. LoopMDM,
     eq. (7), has further layers of its own at the end of E and at the beginning of D.
 
-    The papers, as far as we know them, leave open what follows. We add t as sinusoids through a linear map,
-    to h^0 and again in each loop. Norm is a LayerNorm. v^l, the map of t and D begin at zero. So at first all
-    loops are alike, all t are alike, and all tokens are equally likely. Beyond L loops the last v^l
-    repeats."""
+    Where the papers, as far as we know them, leave something open, these are our choices. t goes as
+    sinusoids through a linear map. The result is added to h^0, and before the Norm of each loop. Norm is a
+    LayerNorm. v^l, the map of t and the last layer of D begin at zero. So at first all loops are alike, all
+    t are alike, and all tokens are equally likely. Beyond L loops the last v^l repeats."""
 
     def __init__(self, config):
         super().__init__()
@@ -196,7 +195,7 @@ class RMDM(nn.Module):
         self.position = nn.ModuleList(nn.Embedding(1 + max(axis), c.width) for axis in zip(*c.coords))
         if c.time:
             self.time = nn.Linear(16, c.width)
-        self.head, self.block, self.tail = (
+        self.head, self.block, self.tail = (  # LoopMDM's names; they have nothing to do with attention heads
             nn.Sequential(*(Layer(c.width, c.heads, same) for _ in range(n)))
             for n in (c.head_layers, c.layers, c.tail_layers)
         )
@@ -210,10 +209,10 @@ class RMDM(nn.Module):
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Embedding):
-                nn.init.normal_(m.weight, std=0.5)  # token and position together are then of size 1, about
+                nn.init.normal_(m.weight, std=0.5)  # token and position together are then of size 0.7 to 1
         nn.init.zeros_(self.unembed.weight)
         nn.init.zeros_(self.v.weight)
-        if c.time:  # at full size t drowns the tokens, and without injection nothing is learned
+        if c.time:  # begun at full size t outweighs the tokens, and the paper's form learns nothing
             nn.init.zeros_(self.time.weight)
 
     def embed_time(self, t):
@@ -223,54 +222,45 @@ class RMDM(nn.Module):
 
     def encode(self, x_t, t):
         """E of eq. (2): x_t (B, N), t (B,) -> h^0 (B, N, d)."""
-        N = len(self.coords)
-        shape = tuple(x_t.shape[1:])
+        N, shape = len(self.coords), tuple(x_t.shape[1:])
         require(shape == (N,), f"sequences of shape {shape}: this model's have N = {N}")
-        h = self.token(x_t) + sum(table(self.coords[:, axis]) for axis, table in enumerate(self.position))
+        h = self.token(x_t) + sum(table(axis) for table, axis in zip(self.position, self.coords.T))
         if self.config.time:
             h = h + self.embed_time(t)
         return self.head(h)  # (7): LoopMDM's layers before the loops
 
     def loop(self, h, h0, l, t):
         """One loop of eq. (2): h^{l-1} and h^0 (B, N, d), l (B,) counted from 1, t (B,) -> h^l (B, N, d)."""
+        h = h + self.v(l.clamp(max=self.config.loops) - 1)[:, None]  # h^{l-1} + v^l
         if self.config.time:
             h = h + self.embed_time(t)
-        h = h + self.v(l.clamp(max=self.config.loops) - 1)[:, None]  # h^{l-1} + v^l
         if self.config.inject:
             h = h + h0  # ours
         return self.block(self.loop_norm(h))  # f(Norm(.))
 
-    def first_state(self, h0, start=None):
-        """Where the recursion begins: h (B, N, d), and how many loops h has had (B,). That is h^0 and 0.
-
-        Ours: with `start` = (h, l) an example goes on from an h that l > 0 earlier loops have made. Its
-        tokens may have changed since. They reach the network by the injection of h^0 alone, so this needs
-        `inject`."""
-        if start is None:
-            return h0, torch.zeros(len(h0), dtype=torch.long, device=h0.device)
-        h, l = start
-        return torch.where((l > 0)[:, None, None], h, h0), l
-
     def decode(self, h):
         """D of eq. (2): h (B, N, d) -> logits (B, N, V). MASK has -inf, that is, probability 0."""
         h = self.tail(h)  # (7): LoopMDM's layers after the loops
-        with torch.autocast(h.device.type, enabled=False):  # in bfloat16 many tokens would be equally sure
+        with torch.autocast(h.device.type, enabled=False):  # in bfloat16 many probabilities would be equal
             return F.pad(self.unembed(self.norm(h)), (1, 0), value=-math.inf)
 
     def forward(self, x_t, t, loops=None, supervise="final", grad_loops=0, start=None):
-        """For training: logits (R, B, N, V), read off after R of the L loops, and the last h (B, N, d).
+        """For training: logits (R, B, N, V) and the last h (B, N, d). R loops of the L are decoded.
 
         loops       default: config.loops
-        supervise   eq. (5): "final" reads off after the last loop, R = 1; "all" after each that has gradient
+        supervise   eq. (5): "final" decodes the last loop, R = 1; "all" each loop that has gradient
         grad_loops  eq. (5): only the last so many loops have gradient; 0 = all of them
-        start       ours, see `first_state`"""
+        start       ours: (h, l). Rows with l > 0 go on from h, which l earlier loops have made. Rows with
+                    l = 0 begin at h^0, as all do without `start`"""
         L = loops or self.config.loops
         M = min(grad_loops or L, L)
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
-        h, l = self.first_state(h0, start)
+        h, l = h0, torch.zeros_like(x_t[:, 0])
+        if start is not None:
+            h, l = torch.where((start[1] > 0)[:, None, None], start[0], h0), start[1]
         states = []
         for k in range(1, L + 1):
-            # Written so, torch.compile takes it as one graph.
+            # This form avoids a graph break in torch.compile.
             with torch.set_grad_enabled(torch.is_grad_enabled() if k > L - M else False):
                 h = self.loop(h, h0, l + k, t)  # h^l
             states.append(h)
@@ -278,17 +268,18 @@ class RMDM(nn.Module):
         return self.decode(torch.cat(states)).view(len(states), *x_t.shape, -1), h  # D(h^l)
 
     def infer(self, x_t, t, loops=None, eps=0.0, noise=0.0, generator=None, start=None):
-        """For sampling: logits (B, N, V) after the last loop, the loops used (B,), and the last h (B, N, d).
+        """For sampling: logits (B, N, V) after the last loop, the last h (B, N, d), and the loops used (B,).
 
         eps     LoopMDM's adaptive stop, eq. (7): an example stops, and costs nothing more, at the first loop
                 where ||h^l - h^{l-1}|| / ||h^l|| < eps. 0 = all loops are run
         noise   ours, eq. (8): the size of Gaussian noise that is added to h^0
-        start   ours, see `first_state`"""
+        start   ours: (h, l), to go on from h, which l (B,) earlier loops have made, perhaps with fewer tokens
+                revealed. The new ones reach the network by the injection of h^0 alone"""
         L = loops or self.config.loops
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
             h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
-        h, l = self.first_state(h0, start)
+        h, l = (h0, torch.zeros_like(x_t[:, 0])) if start is None else start
         final, used = torch.empty_like(h), torch.full_like(l, L)
         going = torch.arange(len(x_t), device=x_t.device)  # the examples that have not stopped
         for k in range(1, L + 1):
@@ -301,7 +292,7 @@ class RMDM(nn.Module):
                 if not len(going):
                     break
         final[going] = h
-        return self.decode(final), used, final  # D(h^L)
+        return self.decode(final), final, used  # D(h^L)
 
 
 # ---- 3. Loss ----
@@ -311,45 +302,41 @@ def nelbo_weight(t):
     return -alpha_prime(t) / (1 - alpha(t)).clamp(min=2**-24)
 
 
-WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # of eqs. (3) and (4)
+WEIGHTS = {"elbo": nelbo_weight, "simple": torch.ones_like}  # of t: in (3) 1/t, in (4) none
 
 
-def weighted_nats(weight, model, x0, x_t, masked, t, **options):
-    """weight(t) times the sum over masked i of -log p_theta(x0^i | x_t): (R, B) nats, after each of R loops.
+def masked_nats(model, x0, x_t, masked, t, **options):
+    """The sum over masked i of -log p_theta(x0^i | x_t): (R, B) nats, after each of R loops.
 
     Also returns which tokens the last loop gets right (B, N) bool, and its h (B, N, d). For `options` and R
     see RMDM.forward."""
     V = unwrap(model).config.vocab
-    require(not x0.numel() or x0.max() < V, f"x0 has a token above {V - 1}, which this model does not have")
+    good = not x0.numel() or 0 <= x0.min() and x0.max() < V
+    require(good, f"x0 has a token that is not from 0 to {V - 1}, those of this model")
     logits, h = model(x_t, t, **options)
-    target = torch.where(masked, x0, -100)  # -100 tells cross_entropy to leave a position out
-    target = target.repeat(len(logits), 1).flatten()
-    ce = F.cross_entropy(logits.flatten(0, 2).float(), target, reduction="none")
-    nats = ce.view(logits.shape[:3]).sum(2)
-    return weight(t) * nats, logits[-1].argmax(-1) == x0, h.detach()
+    log_p = logits.float().log_softmax(-1)
+    log_p = log_p.gather(-1, x0.expand(len(logits), *x0.shape)[..., None])[..., 0]  # log p_theta(x0^i | x_t)
+    return -log_p.where(masked, 0).sum(2), logits[-1].argmax(-1) == x0, h.detach()
 
 
 def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0, loops=None, generator=None):
     """The training loss, in nats per editable token, and the accuracy of the last loop on masked tokens.
 
     objective    "elbo" is eq. (3). "simple" is eq. (4): the same without the weight
-    supervise    eq. (5): the mean of the losses at "all" loops that have gradient, or that at the "final"
-                 loop
-    grad_loops   eq. (5): only the last so many loops have gradient (truncated); 0 = all of them
+    supervise, grad_loops, loops    as in RMDM.forward. With "all" the mean over the loops is taken, eq. (5)
 
-    Both objectives are divided by the number of editable tokens, so that one learning rate suits both. The
-    model may be one that torch has wrapped (torch.compile, DistributedDataParallel)."""
+    The model may be one that torch has wrapped (torch.compile, DistributedDataParallel)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)  # (1)
     options = dict(supervise=supervise, grad_loops=grad_loops, loops=loops)
-    nats, right, _ = weighted_nats(WEIGHTS[objective], model, x0, x_t, masked, t, **options)  # (3) or (4)
-    return per_token(nats, right, masked, editable)
+    nats, right, _ = masked_nats(model, x0, x_t, masked, t, **options)
+    return per_token(WEIGHTS[objective](t) * nats, right, masked, editable)  # (3) or (4)
 
 
 def per_token(nats, right, masked, editable):
     """Nats (R, B) per editable token, and the share of the masked tokens that is right."""
-    nats = nats.mean(0)  # (5): over loops. To weigh them by l/L, do it here
-    value = nats.sum() / editable.sum().clamp(min=1)  # ours: one learning rate then suits (3) and (4)
+    nats = nats.mean(0)  # (5): the mean over loops. To give them other weights, such as l/L, do it here
+    value = nats.sum() / editable.sum().clamp(min=1)  # ours: no larger where N is
     return value, (right & masked).sum() / masked.sum().clamp(min=1)
 
 
@@ -360,7 +347,7 @@ def nelbo(model, x0, editable, loops=None, generator=None):
     Its mean is an upper bound of the mean of -log p(x0 at the editable positions | the other positions)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    return weighted_nats(nelbo_weight, model, x0, x_t, masked, t, loops=loops)[0][0]  # (3)
+    return nelbo_weight(t) * masked_nats(model, x0, x_t, masked, t, loops=loops)[0][0]  # (3)
 
 
 # ---- 4. Sampler ----
@@ -369,16 +356,18 @@ ORDERS = ("ancestral", "random", "confidence", "margin", "entropy")
 
 
 def reveal_ancestral(masked, t, s, generator):
-    """What the exact reverse process reveals from time t to time s < t, eq. (6): (B, N) bool."""
+    """The positions that the exact reverse process reveals from time t to s < t, eq. (6): (B, N) bool."""
     share = (alpha(s) - alpha(t)) / (1 - alpha(t))  # (6)
     return masked & (torch.rand(masked.shape, generator=generator, dtype=t.dtype, device=t.device) < share)
 
 
 def reveal_ordered(masked, p, steps_left, order, threshold, generator):
-    """What an ordered step reveals, eq. (6), by p (B, N, V): (B, N) bool.
+    """The positions that an ordered step reveals, eq. (6), by p (B, N, V): (B, N) bool.
 
-    In each example that is the ceil(masked / steps left) surest tokens, and all that reach the threshold."""
-    sure = score = p.amax(-1)
+    In each example these are the first ceil(masked / steps left) in the order, and all that reach the
+    threshold."""
+    sure = p.amax(-1)
+    score = sure
     if order == "margin":
         first, second = p.topk(2, -1).values.unbind(-1)
         score = first - second
@@ -386,7 +375,8 @@ def reveal_ordered(masked, p, steps_left, order, threshold, generator):
         score = torch.xlogy(p, p).sum(-1)  # minus the entropy, so that the least uncertain comes first
     elif order == "random":
         score = torch.rand(sure.shape, generator=generator, dtype=p.dtype, device=p.device)
-    rank = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True).argsort(1)
+    best_first = score.masked_fill(~masked, -math.inf).argsort(dim=1, descending=True, stable=True)
+    rank = best_first.argsort(1)  # 0 = the first to be revealed
     chosen = rank < (masked.sum(1, keepdim=True) + steps_left - 1) // steps_left  # (6): rounded up
     return masked & (chosen if threshold is None else chosen | (sure >= threshold))
 
@@ -398,7 +388,7 @@ class Filled:
     x: torch.Tensor  # (B, N) the filled-in sequences
     steps: torch.Tensor  # (B,) the denoising steps in which the network ran for this example
     loops: torch.Tensor  # (B,) the loops of all these steps together: what the answer cost
-    trace: list  # if asked for, for each step a dict: x (B, N), revealed (B, N) bool, sure (B, N), loops (B,)
+    trace: list  # if asked for, a dict for each step that ran: x, revealed, sure (B, N), loops (B,)
 
 
 @torch.no_grad()
@@ -419,36 +409,33 @@ def sample(
     noise        ours: on h^0, drawn anew at every step, eq. (8)
     later_loops  ours: each step after the first goes on from the h of the step before, with so many loops. It
                  needs `inject`. Default: every step begins at h^0, with `loops` loops, as in the paper
-    give_up      ours: a function of x (B, N), called after each step that reveals tokens. Where it is True
-                 (B,) the example ends, and tokens may still be MASK: a task drops what cannot come right any
-                 more
+    give_up      ours: a function of x (B, N) that returns (B,) bool after each step. Examples with True end,
+                 perhaps with MASKs left. A task ends so what cannot come right any more
 
     An example costs nothing once it is full, nor in an ancestral step that reveals none of its tokens."""
     editable = x == MASK if editable is None else editable
-    sizes = eps, noise, temperature, threshold
-    check_sampling(model, x, editable, order, (steps, loops, later_loops), sizes)
+    counts, sizes = (steps, loops, later_loops), (eps, noise, temperature, threshold)
+    check_sampling(model, x, editable, order, counts, sizes)
     temperature = float(order == "ancestral") if temperature is None else temperature
-    x, masked = torch.where(editable, MASK, x), editable  # not x == MASK: a MASK may be there to be kept
+    x, masked = torch.where(editable, MASK, x), editable  # a MASK that is not editable stays
     used_steps, used_loops, history = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
-    last_h = None  # (B, N, d): kept for later_loops alone
+    last_h = torch.zeros(*x.shape, model.config.width, device=x.device) if later_loops else None  # ours
     for left in range(steps, 0, -1):
         if order == "ancestral":  # what is revealed does not depend on the network
             t, s = torch.tensor([left, left - 1], dtype=torch.float64, device=x.device) / steps
             reveal = reveal_ancestral(masked, t, s, generator)
             i = reveal.any(1).nonzero()[:, 0]  # the examples that need the network
             t = t.float().expand(len(i))
-        else:  # what is revealed departs from the schedule, so t follows from the share that is masked now
+        else:  # ordered steps ignore the schedule, so t is the one at which as large a share is masked
             i = masked.any(1).nonzero()[:, 0]
             t = alpha_inverse(1 - masked[i].sum(1) / editable[i].sum(1))
         if not len(i):
             continue
-        L, start = loops, None
-        if last_h is not None:
-            L, start = later_loops, (last_h[i], used_loops[i])
+        go_on = later_loops and left < steps
+        L, start = (later_loops, (last_h[i], used_loops[i])) if go_on else (loops, None)
         with autocast(x.device):
-            logits, used, h = model.infer(x[i], t, L, eps, noise, generator, start)
+            logits, h, used = model.infer(x[i], t, L, eps, noise, generator, start)
         if later_loops:
-            last_h = h.new_zeros(len(x), *h.shape[1:]) if last_h is None else last_h
             last_h[i] = h
         p = logits.double().softmax(-1)  # p_theta(x0 | x_t)
         require(p.isfinite().all(), "the model's logits are not finite")
@@ -457,8 +444,8 @@ def sample(
             reveal[i] = reveal_ordered(masked[i], p, left, order, threshold, generator)
         token = p.argmax(-1)
         if temperature:
-            drawn = (logits.double() / max(temperature, 1e-6)).softmax(-1)  # a smaller one would overflow
-            token = torch.multinomial(drawn.flatten(0, 1), 1, generator=generator).view(token.shape)
+            drawn = (logits.double() / temperature).softmax(-1).flatten(0, 1)
+            token = torch.multinomial(drawn, 1, generator=generator).view(token.shape)
         x[i] = torch.where(reveal[i], token, x[i])
         masked = masked & ~reveal
         if give_up is not None:
@@ -496,29 +483,29 @@ def carried_loss(
 
     `kept` is a dict, empty at first. From call to call it keeps the examples, which of their tokens are
     masked, and their h. A call runs `grad_loops` loops of each example, from the h that was kept. An example
-    leaves when all its masked tokens are right, or when it has had `oldest` loops. Then the example of x0 in
-    the same row takes its place. The other rows of x0 are not used.
+    leaves when all its masked tokens are right, or when it has had `oldest` loops or more. In the next call
+    the example of x0 in the same row takes its place. Rows of x0 whose place is taken are thrown away.
 
     It helps for two reasons. An example gets many loops though a training step pays for few. And hard
     examples stay longer than easy ones. For this second reason the value is no estimate of (3) or (4)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    done = kept.get("l", torch.zeros_like(x0[:, 0]))  # the loops that each kept example has had; 0 = free
-    sizes = f"a batch of {len(x0)} after one of {len(done)}"
-    require(len(done) == len(x0), f"{sizes}: carried examples need equal ones")
-
-    def stay(name, new):
-        return torch.where((done > 0).view(-1, *[1] * (new.ndim - 1)), kept[name], new) if kept else new
-
-    x0, x_t, masked = stay("x0", x0), stay("x_t", x_t), stay("masked", masked)
-    t, editable = stay("t", t), stay("editable", editable)
-    start = (kept["h"], done) if kept else None
+    examples = dict(x0=x0, x_t=x_t, masked=masked, editable=editable)
+    had, start = torch.zeros_like(x0[:, 0]), None
+    if kept:
+        had = kept["had"]  # the loops that each kept example has had; 0: its place is free
+        sizes = f"a batch of {len(x0)} after one of {len(had)}"
+        require(len(had) == len(x0), f"{sizes}: carried examples need equal ones")
+        stays, start = had > 0, (kept["h"], had)
+        examples = {key: torch.where(stays[:, None], kept[key], new) for key, new in examples.items()}
+        t = torch.where(stays, kept["t"], t)
+    x0, x_t, masked, editable = examples.values()
     options = dict(supervise=supervise, loops=grad_loops, start=start)
-    nats, right, h = weighted_nats(WEIGHTS[objective], model, x0, x_t, masked, t, **options)
-    done = done + grad_loops
-    leaves = (right | ~masked).all(1) | (done >= oldest)
-    kept.update(x0=x0, x_t=x_t, masked=masked, t=t, editable=editable, h=h, l=torch.where(leaves, 0, done))
-    return per_token(nats, right, masked, editable)
+    nats, right, h = masked_nats(model, x0, x_t, masked, t, **options)
+    had = had + grad_loops
+    leaves = (right | ~masked).all(1) | (had >= oldest)
+    kept.update(examples, t=t, h=h, had=torch.where(leaves, 0, had))
+    return per_token(WEIGHTS[objective](t) * nats, right, masked, editable)
 
 
 # ---- 6. Training and checkpoints ----
@@ -531,11 +518,11 @@ class TrainConfig:
     supervise: str = "all"  # eq. (5): the loss at all loops, as in the paper, or at the final one
     grad_loops: int = 0  # eq. (5): only the last so many loops have gradient (needs inject); 0 = all
     loops_min: int = 0  # LoopMDM, eq. (7): each step draws from loops_min..loops; 0 = always `loops`
-    carry: int = 0  # ours: `carried_loss` with this as `oldest`; 0 = `loss`
+    carry: int = 0  # ours: an example stays for so many loops, `grad_loops` a step; 0 = for one step
     muon: bool = True  # for the matrices inside the layers; with AdamW alone learning was slower
     lr: float = 0.02  # of Muon; best of three rates if all loops are supervised, else try 0.007
     lr_rest: float = 4e-3  # of AdamW, for the other parameters: a fifth of lr; without Muon for all
-    warmup: int = 100  # steps of linear warm-up; after it a linear decay to zero
+    warmup: int = 100  # steps in which the rate rises; it falls linearly all the time, to zero after the last
     weight_decay: float = 0.01  # of both optimizers; torch's default for AdamW
     clip: float = 1.0  # largest norm of the gradient, the usual one
     ema: float = 0.999  # decay of the averaged weights (EMA), which are what is used in the end
@@ -563,7 +550,8 @@ def autocast(device):
     """A context in which torch multiplies matrices in bfloat16, where the hardware is faster that way."""
     fast = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else fast
-    # No cache: up to torch 2.9 a weight that was cast in a loop without gradient got none in the other loops.
+    # No cache: each loop casts the weights anew, so that their gradients add up in float32. And up to
+    # torch 2.9 a weight that was cast in a loop without gradient got none in the other loops.
     return torch.autocast(device.type, torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
@@ -574,15 +562,16 @@ def unwrap(model):
 
 
 def make_optimizers(model, training):
-    """[(optimizer, peak learning rate), ..]: Muon for the matrices inside the layers, AdamW for the rest."""
+    """AdamW, and Muon for the matrices inside the layers. Their learning rates are the peaks."""
     inside, rest = [], []
     for name, w in unwrap(model).named_parameters():
         matrix = training.muon and w.ndim == 2 and name.startswith(("head.", "block.", "tail."))
         (inside if matrix else rest).append(w)
-    pairs = [(torch.optim.AdamW(rest, weight_decay=training.weight_decay, fused=True), training.lr_rest)]
+    decay = training.weight_decay
+    optimizers = [torch.optim.AdamW(rest, lr=training.lr_rest, weight_decay=decay, fused=True)]
     if inside:
-        pairs.append((torch.optim.Muon(inside, weight_decay=training.weight_decay), training.lr))
-    return pairs
+        optimizers.append(torch.optim.Muon(inside, lr=training.lr, weight_decay=decay))
+    return optimizers
 
 
 def update(value, model, average, optimizers, training, step):
@@ -590,11 +579,11 @@ def update(value, model, average, optimizers, training, step):
     value.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), training.clip)
     scale = min(step / training.warmup, 1) * (1 - (step - 1) / training.steps)  # warm-up, then decay to zero
-    for optimizer, peak in optimizers:
-        optimizer.param_groups[0]["lr"] = scale * peak
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = scale * optimizer.defaults["lr"]
         optimizer.step()
         optimizer.zero_grad()
-    decay = min(training.ema, step / (step + 10))  # lower at first, to forget the initialization
+    decay = min(training.ema, step / (step + 10))  # over fewer steps at first, to forget the initialization
     with torch.no_grad():
         for old, new in zip(average.parameters(), model.parameters()):
             old.lerp_(new, 1 - decay)
@@ -658,9 +647,9 @@ def begin(out, config, training, about=None, resume=False):
     with other settings. `train` calls it, and a script calls it before it makes data."""
     low, L = training.loops_min, config.loops
     require(low <= L, f"loops_min={low} is above loops={L}")
-    shortened = training.carry or 0 < training.grad_loops < L
-    short = "carry, or grad_loops below loops, needs inject=true: else E cannot learn"
-    require(config.inject or not shortened, short)
+    truncated = 0 < training.grad_loops < L and not training.carry
+    needed = "grad_loops below loops needs inject=true: else E gets no gradient"
+    require(config.inject or not truncated, needed)
     settings, out = dict(config=asdict(config), train=asdict(training), about=about or {}), Path(out)
     settings = json.loads(json.dumps(settings))  # plain numbers, strings and lists, as read back
     if not resume:
@@ -705,9 +694,9 @@ class Run:
 
     def save(self, last):
         content = self.settings | dict(step=self.step, seconds=self.seconds, ema=self.average.state_dict())
-        if last:  # first, since with the checkpoint the run counts as finished
+        if last:  # before the checkpoint: one of the last step says that the run is finished
             save(self.out / "model.pt", content)
-        optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         content |= dict(model=self.model.state_dict(), optimizers=optimizers, kept=self.kept)
         content |= dict(rng=self.generator.get_state(), log_bytes=self.log.stat().st_size if self.step else 0)
         save(self.out / "checkpoint.pt", content)
@@ -720,15 +709,13 @@ class Run:
         self.kept |= {key: x.to(self.generator.device) for key, x in saved["kept"].items()}
         self.model.load_state_dict(saved["model"])
         self.average.load_state_dict(saved["ema"])
-        for (optimizer, _), state in zip(self.optimizers, saved["optimizers"]):
+        for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
         if self.step:
             os.truncate(self.log, saved["log_bytes"])  # steps after the checkpoint will come again
 
     def create(self):
         self.out.mkdir(parents=True, exist_ok=True)
-        for part in self.out.glob("*.part"):  # left by a run that was killed
-            part.unlink()
         self.save(last=False)
 
 
@@ -755,20 +742,22 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
                 return carried_loss(model, x0, editable, kept, training.carry, **options, generator=generator)
             return loss(model, x0, editable, **options, loops=loops, generator=generator)
 
+    for part in run.out.glob("*.part"):  # left by a run that was killed
+        part.unlink()
     if saved:
         run.restore(saved)
     else:
-        with torch.no_grad():  # what cannot be trained is refused before there is a folder
+        with torch.no_grad():  # a trial, so that a mistake shows before there is a folder
             compute(*batch(1, torch.Generator(device)), L, {})
         generator.manual_seed(training.seed)
         run.create()
-    if not run.step:  # x: of two runs in one folder one fails
+    if not run.step:  # mode x fails if another run has just begun in this folder
         write_line(run.log, facts(run.model, settings), "w" if resume else "x")
     recent, clock = [], time.perf_counter()
     steps = range(run.step + 1, training.steps + 1)
     with progress(steps, initial=run.step, total=training.steps, unit="step") as bar:
-        for run.step in bar:
-            loops = L
+        for step in bar:
+            run.step, loops = step, L
             if 0 < training.loops_min < L:  # (7)
                 loops = int(torch.randint(training.loops_min, L + 1, (), generator=generator, device=device))
             value, accuracy = compute(*batch(training.batch, generator), loops, run.kept)
@@ -850,12 +839,12 @@ def set_threads(training):
 
     At most four, since more are slower for matrices as small as ours. Beside other busy processes threads
     wait for each other, which is slower than one alone. So sampling takes as many as there are free cores.
-    Training does not, since its results depend on the number. It only says what to set."""
+    Training takes them all whatever else runs, since its results depend on the number, and prints advice."""
     if "OMP_NUM_THREADS" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        busy = round(os.getloadavg()[0])  # how many processes ran, in the last minute
+        busy = min(cores, round(os.getloadavg()[0]))  # how many processes ran, in the last minute
     except (AttributeError, OSError):  # not known on this system
         busy = 0 if training else cores
     threads, free = min(4, cores), max(cores - busy, 1)
@@ -871,7 +860,7 @@ def training_parser(doc, presets, out):
         description=doc, usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--preset", choices=presets, help="paper: the papers' method, nothing of ours; default: see above")
+    add("--preset", choices=presets, help="paper: the papers' form; default: see above")
     add("--paper", action="store_const", const="paper", dest="preset", help="the same as --preset paper")
     pairs = dict(nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     add("--set", **pairs, help="change fields of the preset")
@@ -917,8 +906,8 @@ def override(pairs, *configs):
         name, _, text = pair.partition("=")
         require(name in kinds, f"no field {name[:80]!r}; there are {', '.join(kinds)}")
         try:
-            of = {"true": True, "false": False}.__getitem__ if kinds[name] is bool else kinds[name]
-            changes[name] = of(text.lower())
+            convert = {"true": True, "false": False}.__getitem__ if kinds[name] is bool else kinds[name]
+            changes[name] = convert(text.lower())
         except (ValueError, KeyError):
             raise BadInput(f"{name} must be of type {kinds[name].__name__}, not {text[:80]!r}") from None
     return [replace(c, **{name: changes[name] for name in changes if hasattr(c, name)}) for c in configs]

@@ -103,7 +103,7 @@ class Perfect(nn.Module):
         return F.pad((p / p.sum(2, keepdim=True)).log(), (1, 0), value=-math.inf)[None], joint
 
     def infer(self, x_t, t, *how):
-        return self(x_t, t)[0][0], torch.ones(len(x_t), dtype=torch.long), None
+        return self(x_t, t)[0][0], None, torch.ones(len(x_t), dtype=torch.long)
 
 
 @torch.no_grad()
@@ -244,13 +244,13 @@ def test_carried_examples_stay_with_their_state_until_right_or_spent():
         model.zero_grad()
         value, _ = rmdm.carried_loss(model, x0, editable, carried, oldest=6, grad_loops=2, generator=g)
         value.backward()
-        x_t, l, now = carried["x_t"], carried["l"], carried["x0"]
-        stayed = before["l"] > 0 if before else torch.zeros(32, dtype=torch.bool)
+        x_t, l, now = carried["x_t"], carried["had"], carried["x0"]
+        stayed = before["had"] > 0 if before else torch.zeros(32, dtype=torch.bool)
         assert torch.equal(now, torch.where(stayed[:, None], before.get("x0", now), x0))
         assert not before or torch.equal(x_t[stayed], before["x_t"][stayed]) and stayed.any() and not stayed.all()
-        ages.append(torch.where(stayed, before.get("l", l), 0) + 2)
+        ages.append(torch.where(stayed, before.get("had", l), 0) + 2)
         for b in range(32):  # each alone, from h^0 on where it is new, and from the state that was kept where it is not
-            start = (before["h"][b : b + 1], before["l"][b : b + 1]) if stayed[b] else None
+            start = (before["h"][b : b + 1], before["had"][b : b + 1]) if stayed[b] else None
             logits, h = model(x_t[b : b + 1], carried["t"][b : b + 1], loops=2, supervise="all", start=start)
             right = ((logits[-1, 0].argmax(-1) == now[b]) | ~carried["masked"][b]).all()
             assert l[b] == (0 if right or ages[-1][b] >= 6 else ages[-1][b])
@@ -280,12 +280,12 @@ def test_the_recursion_by_hand(form):
     noise = 0.5 * torch.randn(3, 3, 16, generator=generator(1))  # on h^0 alone
     noisy, *_ = m.infer(X, T, 5, noise=0.5, generator=generator(1))
     assert torch.allclose(noisy, read_off(m, unroll(m, X, T, 5, noise=noise)[5]), atol=1e-4)
-    logits, used, _ = m.infer(X, T, 5)
+    logits, _, used = m.infer(X, T, 5)
     assert torch.allclose(logits, expected[4], atol=1e-4) and used.tolist() == [5] * 3
     h = torch.stack(states)  # the adaptive stop: each example by its own change
     change = (h[1:] - h[:-1]).flatten(2).norm(dim=2) / h[1:].flatten(2).norm(dim=2)  # (5, B)
     eps = change[2].sort().values[1:].mean().item()
-    logits, used, _ = m.infer(X, T, 5, eps=eps)
+    logits, _, used = m.infer(X, T, 5, eps=eps)
     for b, l in enumerate(used.tolist()):
         assert (change[: l - 1, b] >= eps).all() and (l == 5 or change[l - 1, b] < eps)
         assert torch.allclose(logits[b], expected[l - 1, b], atol=1e-4)
@@ -296,12 +296,12 @@ def test_the_recursion_by_hand(form):
     (lambda x: rmdm.loss(tiny(), x, x > 0), "N = 3|both are", [X.new_ones(n) for n in [(3, 1), (3, 5), 3, (3, 3, 1)]]),
     (lambda x: rmdm.sample(tiny(), x), "N = 3", [X.new_zeros(1, 1), X.new_zeros(2, 4)]),
     (lambda x: rmdm.loss(tiny(), x, x < 9), "token 0, MASK, at an editable position", [X]),
-    (lambda x: rmdm.loss(tiny(), x, x > 0), "has a token above 3", [X.new_full((2, 3), 4)]),
+    (lambda x: rmdm.loss(tiny(), x, x > 0), "has a token that is not from 0 to 3", [X.new_full((2, 3), 4)]),
     (lambda x: rmdm.loss(tiny(), X, x), "editable is torch.uint8, not torch.bool", [(X > 0).to(torch.uint8)]),
     (lambda x: rmdm.sample(tiny(), *x), "both are|token that is not from 0 to 3|not torch.bool",
      [(X, X[:1] > 0), (X + 2,), (X - 1,), (X, X)]),
     (lambda x: rmdm.begin("none", Config(4, 3), TrainConfig(**x)), "needs inject=true|loops_min=9 is above loops=8",
-     [dict(grad_loops=2), dict(carry=4, grad_loops=2), dict(loops_min=9)]),
+     [dict(grad_loops=2), dict(loops_min=9)]),
     (lambda x: Config(4, x), "coords is a length", [0, [[0.5]], [[-1]], [1, 2], []]),
     (lambda x: Config(**dict(vocab=4, coords=3) | x), "does not divide|whole number from",
      [dict(heads=3), dict(loops=0), dict(width=0), dict(layers=10**9), dict(head_layers=-1), dict(vocab=1)]),
@@ -386,7 +386,7 @@ class Fixed(nn.Module):
 
     def infer(self, x_t, t, *how):
         self.times.append(t.tolist())
-        return self.logits.expand(len(x_t), -1, -1), torch.full((len(x_t),), 5), None
+        return self.logits.expand(len(x_t), -1, -1), None, torch.full((len(x_t),), 5)
 
 
 def test_the_time_fed_to_the_model_is_that_of_the_share_still_masked(schedule):
@@ -437,10 +437,10 @@ def test_later_steps_go_on_from_the_h_of_the_step_before():
     t, h, l = torch.ones(3), None, torch.zeros(3, dtype=torch.long)
     for k, step in enumerate(out.trace):  # by hand, from the states that the trace shows
         before = x if k == 0 else out.trace[k - 1]["x"]
-        logits, used, h = m.infer(before, t * (3 - k) / 3, 2 if k else 4, start=(h, l) if k else None)
+        logits, h, used = m.infer(before, t * (3 - k) / 3, 2 if k else 4, start=(h, l) if k else None)
         l = l + used
         assert torch.equal(step["x"], torch.where(step["revealed"], logits.argmax(-1), before))
-    assert out.loops.tolist() == [8] * 3 and not torch.equal(h, m.infer(before, t / 3, 2)[2])
+    assert out.loops.tolist() == [8] * 3 and not torch.equal(h, m.infer(before, t / 3, 2)[1])
 
 
 def test_examples_that_are_given_up_stay_as_they_are_and_cost_nothing_more():
@@ -1196,9 +1196,10 @@ def test_a_record_that_torch_would_skip_and_sizes_that_would_fill_the_memory_are
 def test_what_a_killed_save_left_is_removed_and_in_nobodys_way(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "checkpoint.pt.77.part").write_bytes(b"half")
-    fit(out)
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "model.pt", "log.jsonl"}
+    for resume in (False, True):
+        (out / "checkpoint.pt.77.part").write_bytes(b"half")
+        fit(out, resume=resume)
+        assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "model.pt", "log.jsonl"}
 
 
 Evil = type("Evil", (), {"__reduce__": lambda self: (open, ("owned", "w"))})  # opens a file when it is unpickled
@@ -1289,7 +1290,7 @@ BAD = {
     (sudoku, "in use: resume its run"): ["--out ."],
     (sudoku, "seed"): ["--seed -1"],
     (sudoku, "puzzles is from 1"): ["--puzzles 0", f"--puzzles {HUGE}"],
-    (sudoku, "needs inject=true"): ["--set inject=false"],
+    (sudoku, "needs inject=true"): ["--set inject=false carry=0"],
     (sudoku, "no field 'stepz'"): ["--set stepz=3"],
     (sudoku, "steps must be of type int"): ["--set steps=many"],
     (sudoku, "training needs over 4 puzzles with their solutions"): ["--data p.csv"],

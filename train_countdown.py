@@ -1,7 +1,7 @@
 """Countdown with recursive masked diffusion: rules, problems, evaluation, training.
 
     python train_countdown.py                             # makes problems, trains, evaluates
-    python train_countdown.py --paper                     # the paper's form: nothing of ours
+    python train_countdown.py --paper                     # the paper's form
     python train_countdown.py --preset long               # a larger model, for longer
     python train_countdown.py --numbers 4                 # four operands; its preset is long
     python train_countdown.py --resume                    # goes on where an interrupted run stopped

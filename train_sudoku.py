@@ -1,7 +1,7 @@
 """Sudoku with recursive masked diffusion: rules, data, evaluation, training.
 
     python train_sudoku.py                              # generates puzzles, trains, evaluates
-    python train_sudoku.py --paper                      # the paper's form: nothing of ours
+    python train_sudoku.py --paper                      # the paper's form
     python train_sudoku.py --preset long                # the stronger model; the default on a GPU
     python train_sudoku.py --resume                     # goes on where an interrupted run stopped
     python train_sudoku.py --data sudoku.csv            # trains on the puzzles of a file

@@ -276,14 +276,14 @@ def default(task):
 
 
 COMMANDS = (
-    ("sudoku.py --set steps=1000", "Sudoku, a quick look", "sudoku-quick", "kaggle3m", 20, "no"),
-    ("sudoku.py", "Sudoku, with what we added", "sudoku-short", "kaggle3m", 20, "yes"),
-    ("sudoku.py --preset long", "twice as wide, four times the steps", "sudoku-long", "kaggle3m", 20, "yes"),
-    ("sudoku.py --paper", "the paper's form", "sudoku-paper", "kaggle3m", 20, "no"),
-    ("countdown.py", "Countdown, three operands", "countdown-cpu", "cd3", 34, "no (two cores)"),
-    ("countdown.py --preset long", "three layers, five times the steps", "countdown-3", "cd3", 8, "yes"),
-    ("countdown.py --numbers 4", "four operands", "countdown-4", "cd4", 8, "yes (a faster core)"),
-    ("countdown.py --paper", "the paper's form", "countdown-paper", "cd3", 34, "no"),
+    ("sudoku.py --set steps=1000", "Sudoku, a quick look", "sudoku-quick", "kaggle3m", 20, ", slow core"),
+    ("sudoku.py --paper", "Sudoku, the paper's form", "sudoku-paper", "kaggle3m", 20, ", slow core"),
+    ("sudoku.py", "Sudoku, with our additions", "sudoku-short", "kaggle3m", 20, ""),
+    ("sudoku.py --preset long", "twice as wide, four times the training steps", "sudoku-long", "kaggle3m", 20, ""),
+    ("countdown.py --paper", "Countdown, the paper's form", "countdown-paper", "cd3", 34, ", slow core"),
+    ("countdown.py", "Countdown, with our additions", "countdown-cpu", "cd3", 34, ", two slow cores"),
+    ("countdown.py --preset long", "three layers, five times the training steps", "countdown-3", "cd3", 34, ""),
+    ("countdown.py --numbers 4", "Countdown, four numbers", "countdown-4", "cd4", 52, ""),
 )
 
 
@@ -293,9 +293,8 @@ def commands():
     for command, what, log, file, T, core in COMMANDS:
         (seeds,) = runs(log)
         minutes = sum(model["seconds"] for model in seeds) / len(seeds) / 60
-        solved = f"{first_try(log, file, T)} ({file}, T={T})"
-        rows.append((f"`python train_{command}`", what, f"{minutes:.0f}", solved, core))
-    return table(("command", "trains", "minutes", "solved", "bfloat16"), rows)
+        rows.append((f"`python train_{command}`", what, f"{minutes:.0f}{core}", first_try(log, file, T)))
+    return table(("command", "trains", "minutes", "solved"), rows)
 
 
 def claims():
@@ -316,48 +315,45 @@ def claims():
     final = min(model["nelbo"] for (model,) in runs("sudoku-paper-rates") if model["steps"] == 2000)
     depth, looped = "sudoku-paper-depth", "sudoku-loopmdm"
     stop = {eps: [share(f"{looped}-stop", 20, key, L=8, eps=eps) for key in ("share", "loops")] for eps in (0, 0.2)}
-    bias = [spread((m["nelbo"] for m in seeds), 1) for seeds in looping_runs() if seeds[0]["coord_bias"]]
     rows = [
         (
             "L loops of one layer do as well as L layers",
             "nearly",
             f"NELBO after 800 training steps: 8 loops {bound(depth, '1 x 8', 800)}, "
-            f"8 layers {bound(depth, '8 x 1', 800)}, one layer without loops {bound(depth, '1 x 1', 800)}",
+            f"8 layers {bound(depth, '8 x 1', 800)}, one layer run once {bound(depth, '1 x 1', 800)}",
         ),
         (
             "loops replace denoising steps",
-            "yes",
-            f"mixed puzzles, % solved with 40 loops in all: {grid(1, 40)} (1 loop x 40 steps), {grid(2, 20)} (2 x 20), "
-            f"{grid(4, 10)} (4 x 10), {grid(8, 5)} (8 x 5). With 320 loops: {grid(8, 40)} (8 x 40)",
+            "yes, up to four loops",
+            f"mixed puzzles solved with 40 loops in all, %: one loop in each of 40 steps {grid(1, 40)}, two in 20 "
+            f"{grid(2, 20)}, four in 10 {grid(4, 10)}",
         ),
         (
             "more loops than in training help\\*",
-            "not on mixed puzzles",
-            f"mixed puzzles solved in 5 steps: 8 loops, as trained, {grid(8, 5)}, 16 loops {grid(16, 5)}; in 20 steps "
-            f"{grid(8, 20)} and {grid(16, 20)}",
+            "not in 20 steps",
+            f"mixed puzzles solved in 20 steps, %: 8 loops, as trained, {grid(8, 20)}, 16 loops {grid(16, 20)}",
         ),
         (
             "the loss at every loop helps\\*",
             "yes",
-            f"NELBO: all loops {bound(depth, '1 x 8', 800)} after 800 training steps; the final loop alone "
-            f"{final:.1f} after 2,000, at the better of two rates (one seed; guessing is 125)",
+            f"NELBO: the loss at all loops {bound(depth, '1 x 8', 800)} after 800 training steps; at the final loop "
+            f"alone {final:.1f} after 2,000 (the better of two learning rates, one training; guessing is 125)",
         ),
         (
-            "to loop some of the layers pays (LoopMDM)",
-            "no; with our additions it beats eight layers",
-            f"NELBO: three layers, the middle one looped, {bound(looped, '1 + 1 x 8 + 1', 1500)}; not looped, but "
-            f"trained longer, for as many operations, {bound(looped, '3 x 1', 3250)}. With our bias and "
-            f"coordinates, without t: looped {bias[0]}, eight layers, with injection besides, {bias[-1]}",
+            "to loop only some of the layers pays (LoopMDM)",
+            "no",
+            f"NELBO, for as many operations: three layers with the middle one looped "
+            f"{bound(looped, '1 + 1 x 8 + 1', 1500)}, three layers run once {bound(looped, '3 x 1', 3250)}",
         ),
         (
             "an adaptive stop saves loops (LoopMDM)",
-            "on one of two seeds",
-            f"easy puzzles in 20 steps: {stop[0][0]} solved with {stop[0][1]} loops, "
-            f"{stop[0.2][0]} with {stop[0.2][1]} (eps 0.2)",
+            "in one of two trainings",
+            f"easy puzzles in 20 steps: {stop[0][0]} % with {stop[0][1]} loops; with the stop {stop[0.2][0]} % with "
+            f"{stop[0.2][1]}",
         ),
     ]
     rows = [(f"[{claim}](evidence/README.md#{section})", *cells) for (claim, *cells), section in zip(rows, SECTIONS)]
-    return table(("claim", "holds?", "measured on Sudoku"), rows)
+    return table(("claim", "here?", "measured on Sudoku"), rows)
 
 
 SECTIONS = (
@@ -374,21 +370,23 @@ NAMES = {
     "17clue": "17 clues (17clue)",
     "magictour1465": "hard (magictour1465)",
     "forum_hardest_11plus": "hardest known (forum_hardest_11plus)",
-    "cd3": "three operands (cd3)",
-    "cd4": "four operands (cd4)",
+    "cd3": "three numbers (cd3)",
+    "cd4": "four numbers (cd4)",
 }
 
 
 def summary(task, models):
-    """First tries of the models {name: (log, its numbers of steps)}, and what the default of sample.py solves."""
+    """A single try of the models {title: logs}, and what the default of sample.py solves. A try has 20 steps on
+    Sudoku, one where that was not run, and one step a token on Countdown."""
     rows = []
     for file, row in default(task).items():
-        tries = [first_try(log, file, T) for log, steps in models.values() for T in steps]
-        cost = f"{100 * row['valid' if task == 'sudoku' else 'solved']:.1f}", f"{row['seconds'] / row['n']:.2f}"
-        rows.append((NAMES[file], row["n"], *tries, *cost))
-    names = [f"{name} T={T}".strip() for name, (_, steps) in models.items() for T in steps]
+        T = 20 if task == "sudoku" else row["T"]
+        once = {log: first_try(log, file, 1) for log in models.values()}
+        single = [first_try(log, file, T) or once[log] + " (T=1)" * (once[log] > "") for log in models.values()]
+        solved = f"{100 * row['valid' if task == 'sudoku' else 'solved']:.1f}"
+        rows.append((NAMES[file], row["n"], *single, solved, f"{row['tries']:.0f}", f"{row['seconds'] / row['n']:.2f}"))
     what = "puzzles" if task == "sudoku" else "problems"
-    return table((what, "n", *names, "solved with tries", "seconds each"), rows)
+    return table((what, "n", *models, "with tries", "tries", "seconds each"), rows)
 
 
 def solving(task):
@@ -424,17 +422,14 @@ MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/t
 LOOPS = {"loops in training": trained, "L": "L", "eps": "eps"}
 OPERANDS = [f"countdown-{name}" for name in "3 4-slow 4 4-wide 5".split()]
 LOOPED = STEPS | FLOPS | {"rate": last("lr")} | NELBO | {"held-out, T=20": last("exact_T20", 100)}
-MODELS_SHOWN = {
-    "paper's form": ("sudoku-paper", (20,)),
-    "short": ("sudoku-short", (1, 20)),
-    "long": ("sudoku-long", (1, 20)),
-}
+SUDOKU_MODELS = {"paper's form": "sudoku-paper", "short": "sudoku-short", "long": "sudoku-long"}
+COUNTDOWN_MODELS = {"paper's form": "countdown-paper", "short": "countdown-cpu", "long": "countdown-3 countdown-4"}
 GRID = {"set": "file", "L": "L"}
 TABLES = {
     "commands": commands,
     "claims": claims,
-    "sudoku-summary": lambda: summary("sudoku", MODELS_SHOWN),
-    "countdown-summary": lambda: summary("countdown", {"": ("countdown-3 countdown-4", (1, 8))}),
+    "sudoku-summary": lambda: summary("sudoku", SUDOKU_MODELS),
+    "countdown-summary": lambda: summary("countdown", COUNTDOWN_MODELS),
     "sudoku-paper": lambda: pivot("sudoku-paper", {"set": "file"}),
     "countdown-paper": lambda: pivot("countdown-paper", {"set": "file"}),
     "sudoku-paper-depth": lambda: compare(runs("sudoku-paper-depth"), DEPTH | on("ye2024_test", 20)),
@@ -447,6 +442,7 @@ TABLES = {
     "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS),
     "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
     "sudoku-presets": presets,
+    "sudoku-single": lambda: pivot("sudoku-short sudoku-long", {"set": "file", "L": "L"}, loops=False),
     "sudoku-choices": choices,
     "sudoku-generated": lambda: pivot("sudoku-generated", {"model": "checkpoint", "L": "L"}),
     "sudoku-orders": lambda: pivot("sudoku-orders", {"order": "order"}, where(file=["kaggle3m"])),
