@@ -813,11 +813,14 @@ def read_text(path, file=None, size=2**28):
         raise BadInput(f"{path}: not UTF-8 text") from None
 
 
-def same_data(about, text):
-    """Keeps the checksum of a run's data in `about`. Raises BadInput if a resumed run had other data."""
+def data_text(about):
+    """The text of the file about["data"]. Its checksum is kept in `about`. Raises BadInput if a resumed run had
+    other data."""
+    text = read_text(about["data"])
     checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
     old = about.setdefault("sha256", checksum)
     require(old == checksum, f"{about['data']}: not the file that the run was begun with")
+    return text
 
 
 def tell_skipped(skipped):
@@ -872,7 +875,7 @@ def training_parser(doc, presets, out):
     return parser
 
 
-def resumed_settings(parser, args):
+def resumed_settings(parser, args, task):
     """(config, training, about) of the run in args.out. Other options may not be given beside --resume."""
     given = {key for key, value in vars(args).items() if value != parser.get_default(key)}
     extra = sorted(given - {"resume", "out", "device"})
@@ -881,6 +884,7 @@ def resumed_settings(parser, args):
     path = Path(args.out) / "checkpoint.pt"
     saved = read(path)
     try:
+        require(saved["about"]["task"] == task, f"{path}: not a run of {task}")
         return Config(**saved["config"]), TrainConfig(**saved["train"]), saved["about"]
     except (TypeError, KeyError) as e:
         raise BadInput(f"{path}: written by another version ({str(e)[:100]})") from None

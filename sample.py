@@ -25,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import rmdm
 import train_countdown
 import train_sudoku
 from rmdm import MASK, BadInput, require
 
-# What a task brings: CHARS, SCORE, SYMMETRY, read, start, right, broken, check, score, cell_name, draw.
+# What a task brings: CHARS, LENGTHS, SCORE, SYMMETRY, read, start, right, broken, check, score, cell_name, draw, and
+# picture if SYMMETRY is not None.
 TASKS = {"sudoku": train_sudoku, "countdown": train_countdown}
 COLOR = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
 BOLD, RED, GREEN, YELLOW = 1, 31, 32, 33
@@ -82,7 +82,7 @@ class Solved:
         """Means over the problems, and the share solved within n tries, for n = 1, 2, 4, .."""
         means = {key: getattr(self, key).mean().item() for key in ("tries", "steps", "loops")}
         limits = (2**k for k in range(self.rounds[-1][0].bit_length()))
-        return means | {f"within_{n}": self.right[self.first <= n].sum().item() / len(self.right) for n in limits}
+        return means | {f"within_{n}": (self.right & (self.first <= n)).mean().item() for n in limits}
 
 
 def solve(task, models, problems, steps=1, tries=1, first={}, again={}, generator=None, trace=False):
@@ -98,14 +98,15 @@ def solve(task, models, problems, steps=1, tries=1, first={}, again={}, generato
     ends as soon as it breaks a rule, or another one of its round has solved the problem."""
     P, batch = len(problems), BATCH[models[0].coords.device.type]
     require(1 <= tries <= 10**6, "tries is from 1 to a million")
-    out = Solved(np.zeros((P, len(models[0].config.coords)), int), *np.zeros((4, P), int), [None] * P, [])
+    x, counts = np.zeros((P, len(models[0].config.coords)), int), np.zeros((4, P), int)
+    out = Solved(x, *counts, [None] * P, [])
     todo, began = np.arange(P), time.perf_counter()
     run = 0  # tries that each problem in `todo` has had
-    bar = tqdm(total=P, desc="solved", unit="problem", leave=False, delay=1)  # delay: in seconds
+    bar = rmdm.progress(total=P, desc="solved", unit="problem", leave=False, delay=1)  # none in the first second
     try:
         while len(todo) and run < tries:
             room = max(1, batch // len(todo))
-            k = min(tries - run, 4 << len(out.rounds), room) if run else 1  # tries of each problem in this round
+            k = min(tries - run, 4 << len(out.rounds), room) if run else 1  # tries of each: 1, then 8, 16, ..
             for some in np.array_split(todo, range(batch // k, len(todo), batch // k)):
                 rows = some.repeat(k)  # each problem k times
                 symmetry = task.SYMMETRY if run else None
@@ -115,16 +116,17 @@ def solve(task, models, problems, steps=1, tries=1, first={}, again={}, generato
                 filled = attempt(task, models[run > 0], problems[rows], symmetry, generator, trace, options)
                 x = filled.x.cpu().numpy()
                 good = task.right(problems[rows], x).reshape(-1, k)
-                chosen = np.where(good.any(1), good.argmax(1), k - 1)  # of the k tries of a problem
+                chosen = np.where(good.any(1), good.argmax(1), k - 1)  # the first right one, or the last
                 at = np.arange(len(some)) * k + chosen
                 out.x[some] = x[at]
                 out.first[some] = np.where(good.any(1), run + 1 + chosen, 0)
                 out.tries[some] += k
-                for total, new in ((out.steps, filled.steps), (out.loops, filled.loops)):
-                    total[some] += new.cpu().numpy().reshape(-1, k).sum(1)
-                for i, row in zip(some, at) if trace else ():
-                    taken = ({key: value[row] for key, value in step.items()} for step in filled.trace)
-                    out.traces[i] = [step for step in taken if step["loops"]]
+                out.steps[some] += filled.steps.cpu().numpy().reshape(-1, k).sum(1)
+                out.loops[some] += filled.loops.cpu().numpy().reshape(-1, k).sum(1)
+                if trace:
+                    for i, row in zip(some, at):
+                        taken = ({key: value[row] for key, value in step.items()} for step in filled.trace)
+                        out.traces[i] = [step for step in taken if step["loops"]]
                 bar.update(int(good.any(1).sum()))
             run, todo = run + k, todo[~out.right[todo]]
             out.rounds.append((run, out.right.mean().item(), time.perf_counter() - began))
@@ -180,8 +182,8 @@ def side_by_side(*blocks):
 @torch.no_grad()
 def show_loops(task, model, x, editable, loops):
     """What the first denoising step would answer if it were read off after fewer loops."""
-    everything_masked = torch.ones(1, device=x.device)  # t = 1
-    p = model(x[None], everything_masked, loops, "all")[0][:, 0].softmax(-1).cpu()  # (L, N, V)
+    t = torch.ones(1, device=x.device)  # everything is masked
+    p = model(x[None], t, loops, "all")[0][:, 0].softmax(-1).cpu()  # (L, N, V)
     (sure, token), x, editable = p.max(-1), x.tolist(), editable.cpu()
     print(f"the first step, read off loop by loop ({task.CHARS[MASK]} where nothing reaches 50%):\n")
     blocks, every = [], -(-loops // 9)  # at most nine pictures, the last loop's among them
@@ -190,7 +192,7 @@ def show_loops(task, model, x, editable, loops):
         for i in editable.nonzero()[:, 0].tolist():
             if sure[l, i] >= 0.5:
                 cells[i] = paint(task.CHARS[token[l, i]], sure_color(sure[l, i]))
-        title = f"loop {l + 1}: {int((sure[l, editable] >= 0.9).sum())}/{int(editable.sum())} > 90%"
+        title = f"loop {l + 1}: {int((sure[l, editable] >= 0.9).sum())}/{int(editable.sum())} at 90%"
         blocks.append([title.ljust(21), *task.draw(cells)])
     across = 3 if len(blocks[0]) > 2 else 1  # grids side by side, lines one below the other
     for i in range(0, len(blocks), across):
@@ -225,7 +227,7 @@ def show(task, model, problems, out, trace, loops):
             show_loops(task, model, x[n], editable[n], loops)
             show_steps(task, editable[n], out.traces[n])
         before = [paint(task.CHARS[token], BOLD) for token in x[n].tolist()]
-        after = [paint(task.CHARS[t].strip() or " ", GREEN if e else BOLD) for t, e in zip(answer, editable[n])]
+        after = [paint(task.CHARS[t], GREEN if e else BOLD) for t, e in zip(answer, editable[n])]
         grids = [task.draw(before), task.draw(after)]
         print(side_by_side(*grids) if len(grids[0]) > 1 else grids[1][0])
         verdict = f"{paint('right', GREEN)}, checked by the rules"
@@ -298,14 +300,16 @@ def parse():
 
 
 def settings(args):
-    """How to solve or to measure: the defaults, and in all tries what the command line gives."""
+    """How to solve or to measure: the defaults, and what the command line gives, for all tries (noise: all but the
+    first)."""
     chosen = MEASURE if args.data is not None and args.tries in (None, 1) else SOLVE[args.task]
     tries = chosen["tries"] if args.tries is None else args.tries
     names = "loops", "later_loops", "eps", "order", "threshold", "temperature"
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     first, again = chosen["first"], chosen["again"]
     if args.loops is not None or args.checkpoint is not None:  # the default loops suit the weights that come along
-        first, again = ({key: x for key, x in part.items() if "loops" not in key} for part in (first, again))
+        drop = ("loops", "later_loops")
+        first, again = ({key: x for key, x in part.items() if key not in drop} for part in (first, again))
     if args.order == "ancestral":
         given = dict(threshold=None, later_loops=None) | given
     noise = {} if args.noise is None else dict(noise=args.noise)
@@ -316,13 +320,13 @@ def main():
     args = parse()
     device, task = rmdm.pick_device(args.device), TASKS[args.task]
     rmdm.set_threads(training=False)
-    how, generator, models = settings(args), torch.Generator(device), None
+    how, generator, operands = settings(args), torch.Generator(device), None
     if args.checkpoint is not None:
         models, files = load(args.task, args.checkpoint, None, device)
-    operands = task.LENGTHS[len(models[0].config.coords)] if models else None
+        operands = task.LENGTHS[len(models[0].config.coords)]
     problems, solutions, skipped = read(task, args.problem, args.data, operands)
     rmdm.tell_skipped(skipped)
-    if not models:
+    if args.checkpoint is None:
         models, files = load(args.task, None, len(problems[0]), device)
     N = len(models[0].config.coords)
     steps = [int(T) for T in args.steps.split(",")] if args.steps else [N]
@@ -344,8 +348,7 @@ def solve_and_show(task, models, problems, T, generator, trace, how):
 
 def measure(task, models, files, problems, solutions, steps, generator, args, how):
     """Print the scores of a file, one line for each number of steps."""
-    unknown = int((~solutions.reshape(len(problems), -1).any(1)).sum())
-    if unknown and task is train_sudoku:
+    if task is train_sudoku and (unknown := int((~solutions.any(1)).sum())):
         print(f"{unknown} of {len(problems)} solutions are not known: exact and cell leave them out", file=sys.stderr)
     for T in steps:  # for each the generator anew: no score depends on another
         began = time.perf_counter()

@@ -934,6 +934,8 @@ def test_the_sudoku_commands_end_to_end(cli, puzzles):
     assert code == 0 and "T=20 0.0\n" in out and re.findall(r"L=(\d+)", out) == ["2"]  # it solves nothing
     report = out[out.index("solved, %") :]
     assert cli(sudoku, "--resume")[1].endswith(report)  # a finished run reports once more
+    code, _, err = cli(countdown, "--resume", "--out", "runs/sudoku")
+    assert code == 2 and "not a run of countdown" in err
     command = re.search(r"python sample.py (sudoku --checkpoint \S+ \S{81})", out)[1].split()
     code, out, _ = cli(sample, *command, "--tries", 2, "--steps", 9, "--noise", 1)
     assert code == 1 and "not solved: " in out and out.count("|") == 36 and "(tries: 2, steps: " in out

@@ -7,9 +7,9 @@
     python train_countdown.py --resume                    # goes on where an interrupted run stopped
     python train_countdown.py --data cd4_train.jsonl      # trains on the problems of a file
 
-Every 1,000 steps it prints scores on held-out problems: the bound of eq. (3), in nats (`nelbo`), and the share that
-is solved with one token a step. At the end it prints a table of the share that is solved, by the number of loops and
-of steps, and a command that solves a problem.
+Every 1,000 steps (preset long: 4,000) it prints scores on held-out problems: the bound of eq. (3), in nats (`nelbo`),
+and the share that is solved with one token a step. At the end it prints a table of the share that is solved, by the
+number of loops and of steps, and a command that solves a problem.
 
 The task is that of Stream of Search (2404.03683) and Ye et al. (2410.14157). n operands, each from 1 to 99 and used
 exactly once, are combined by + - * / into a target from 10 to 100. Intermediate results are integers from 0.
@@ -20,10 +20,10 @@ A problem with its solution, one token a character:
 Our choice: each number has a field of fixed width, with blanks in front, so that the place of a digit says what it
 is worth:
 
-    "86,28,13,31, 96" + "86+28= 114,  31-13=  18, 114-  18= 96"
+    "86,31,28,13, 96" + "86+28= 114,  31-13=  18, 114-  18= 96"
 
-The first part, the prompt, is never editable. The second part is, with its blanks, which the model has to get right
-like any other token.
+The first part, the prompt, is never editable. The second part is. Its blanks are tokens like any other, which the model
+has to get right.
 """
 
 import functools
@@ -31,6 +31,7 @@ import itertools
 import json
 import random
 import re
+import shlex
 from collections import Counter, namedtuple
 from dataclasses import replace
 
@@ -51,19 +52,24 @@ def calculate(a, op, b):
     """a op b, or None if that is negative or no integer."""
     if op in "+*":
         return a + b if op == "+" else a * b
-    return (a - b if a >= b else None) if op == "-" else a // b if b and a % b == 0 else None
+    if op == "-":
+        return a - b if a >= b else None
+    return a // b if b and a % b == 0 else None
 
 
 def mistake(equation, left=None):
-    """What is wrong with an equation such as "86+28=114", in words, or None. `left`: the numbers that there are still;
-    two of them go, and the result is added. Without it only the arithmetic is judged."""
+    """What is wrong with an equation such as "86+28=114", in words, or None.
+
+    left: a list of the numbers that are still free. The two operands are taken out, and the result is put in. Without
+    it only the arithmetic is judged."""
     if not (found := EQUATION.fullmatch(equation)):
         return f"not an equation, {equation[:40]!r}"
     a, op, b, c = int(found[1]), found[2], int(found[3]), int(found[4])
-    for x in (a, b) if left is not None else ():
-        if x not in left:
-            return f"number not available, {x}"
-        left.remove(x)
+    if left is not None:
+        for x in (a, b):
+            if x not in left:
+                return f"number not available, {x}"
+            left.remove(x)
     if calculate(a, op, b) != c:
         return f"false, {equation}"
     if left is not None:
@@ -93,7 +99,7 @@ def right(problems, answers):
 def broken(x):
     """Which sequences x (P, N), tensors, cannot come right, however their MASKs are filled: (P,) bool.
 
-    Judged are the equations that have no MASK, and the whole answer if there is none left."""
+    It judges each equation that has no MASK, and the whole answer once there is none left."""
     found, prompt = [], ~editable(x.shape[1])
     for tokens in x.cpu().numpy():
         problem = whole_numbers("".join(CHARS[token] for token in tokens[prompt]))
@@ -103,30 +109,32 @@ def broken(x):
             continue
         wrong = False
         for equation in answer.split(","):
-            whole = CHARS[MASK] not in equation
-            left = left if whole else None  # the result of this one is not known, so later ones may use any number
-            wrong |= whole and mistake(equation, left) is not None
+            if CHARS[MASK] in equation:
+                left = None  # its result is not known, so later ones may use any number
+            elif mistake(equation, left):
+                wrong = True
         found.append(wrong)
     return torch.tensor(found, device=x.device)
 
 
 # ---- 2. Generator: all solutions of many problems at once ----
-# A path is a solution's number: at each step, which pair of the values so far, and which of + - * /.
+# A path is a number that says for each equation which pair of the values so far it joins, and by which of + - * /.
 
 
 def limits(n):
     """The largest numbers worth having in a solution with n operands: (left, right, result) of each equation.
 
     A result made of m operands is at most TOP^m, and useless if no division by the other n - m can bring it
-    down to HIGH. Of the k+1 operands that equation k joins at most half are on its smaller, right side."""
+    down to HIGH. Equation k joins at most k+1 operands. So one of its sides is made of at most half of them, and its
+    right side, the smaller number, is no larger than that one."""
     results = [max(min(TOP**m, HIGH * TOP ** (n - m)) for m in range(2, k + 2)) for k in range(1, n - 1)]
     results = [TOP, *results, HIGH]
     return [(results[k - 1], TOP ** ((k + 1) // 2), results[k]) for k in range(1, n)]
 
 
 def combine(a, b, limit):
-    """a + b, a - b, a * b, a / b for a >= b, as one array (4, ...); -1 = not an integer, above the limit, or made
-    of a -1."""
+    """a + b, a - b, a * b, a / b for a >= b, as one array (4, ...). It is -1 where the result is no integer or above
+    the limit, or where a or b is -1."""
     b1 = np.maximum(b, 1)
     results = np.stack([a + b, a - b, a * b, np.where((b > 0) & (a % b1 == 0), a // b1, -1)])
     return np.where((b < 0) | (results > limit), -1, results)
@@ -135,7 +143,7 @@ def combine(a, b, limit):
 def search(numbers):
     """Operands (M, n) -> for every path what it ends in, -1 where it breaks a rule, and the largest number
     on the way: two arrays (M, paths). For n = 3, 4, 5 there are 48, 1152 and 46080 paths."""
-    state = np.append(numbers.T, 0 * numbers.T[:1], 0)[:, :, None]  # (values and, last, the largest; M; paths so far)
+    state = np.vstack([numbers.T, 0 * numbers[:, 0]])[:, :, None]  # (values, then the largest one so far; M; paths)
     for m, (_, _, limit) in zip(range(numbers.shape[1], 1, -1), limits(numbers.shape[1])):
         grown = []
         for i, j in itertools.combinations(range(m), 2):
@@ -153,7 +161,7 @@ def replay(numbers, path):
         later = np.prod([4 * k * (k - 1) // 2 for k in range(2, m)], dtype=int)  # paths from the next step on
         choice, path = path // later, path % later
         pairs = np.array(list(itertools.combinations(range(m), 2)))
-        others = np.array([[k for k in range(m) if k not in pair] for pair in pairs], int).reshape(len(pairs), -1)
+        others = np.array([[k for k in range(m) if k not in pair] for pair in pairs], int)
         two = np.take_along_axis(values, pairs[choice // 4], 1)
         a, b, op = two.max(1), two.min(1), choice % 4
         result = np.take_along_axis(combine(a, b, HIGH * TOP**n), op[None], 0)[0]
@@ -166,8 +174,8 @@ def solutions(numbers):
     """Every problem that operands (M, n) pose, with one solution each: problems (P, n+1), equations
     (P, n-1, 4). Some 200,000 a second for n = 3, 100,000 for n = 4, 30,000 for n = 5.
 
-    Of many solutions it is the one whose largest number is smallest, and of those the first that joins the
-    largest operands (our choice: a rule is learned faster than a random pick)."""
+    Of many solutions it is the one whose largest number is smallest, and of those the first in the order of
+    `search`, which joins large operands first (our choice: a rule is learned faster than a random pick)."""
     numbers = -np.sort(-numbers, 1)
     ends, largest = search(numbers)
     row, path = np.nonzero((ends >= LOW) & (ends <= HIGH))
@@ -179,7 +187,8 @@ def solutions(numbers):
 
 def generate(n, count, seed):
     """At least `count` problems with their equations, see `solutions`, from i.i.d. draws of n operands, 1 to TOP."""
-    rng, parts, made, size = np.random.default_rng(seed), [], 0, {3: 4096, 4: 512, 5: 16}[n]  # draws that fit a cache
+    rng, parts, made = np.random.default_rng(seed), [], 0
+    size = {3: 4096, 4: 512, 5: 16}[n]  # draws at a time: they fit a cache
     with rmdm.progress(total=count, desc="generating problems", unit="problem") as bar:
         while made < count:
             parts.append(solutions(rng.integers(1, TOP + 1, (size, n))))
@@ -196,9 +205,10 @@ def held_out_targets(n):
 
 
 def split(problems, equations, seed):
-    """Three lists of (problems, equations): for training; to test, problems whose operands, in any order, are
-    held out (500 multisets, or a tenth of all) and targets are not; and problems with a held-out target alone.
-    TEST different problems in a test, each target as often as any other."""
+    """[training, held-out operands, held-out targets], each of them (problems, equations).
+
+    Held out are 500 multisets of operands, or a tenth if that is fewer, and nine targets. A problem with both is in
+    none of the three. The two tests have at most TEST different problems, the targets about equally often."""
     rng, n = np.random.default_rng(seed), problems.shape[1] - 1
     key = np.sort(problems[:, :n], 1) @ 128 ** np.arange(n)
     multisets = np.unique(key)
@@ -207,8 +217,9 @@ def split(problems, equations, seed):
     parts = [(problems[~secret & ~target], equations[~secret & ~target])]
     for i in (np.flatnonzero(secret & ~target), np.flatnonzero(~secret & target)):
         i = i[np.unique(problems[i], axis=0, return_index=True)[1]]
-        share = 1 / np.bincount(problems[i, n])[problems[i, n]]
-        i = rng.choice(i, min(TEST, len(i)), replace=False, p=share / share.sum()) if len(i) else i
+        if len(i):
+            weight = 1 / np.bincount(problems[i, n])[problems[i, n]]
+            i = rng.choice(i, min(TEST, len(i)), replace=False, p=weight / weight.sum())
         parts.append((problems[i], equations[i]))
     return parts
 
@@ -216,12 +227,13 @@ def split(problems, equations, seed):
 # ---- 3. Tokens ----
 
 CHARS = "_0123456789+-*/=, "  # a character's place is its token: MASK is "_", a blank of a field " "
-SYMMETRY = None  # the order of the operands is none, since prompts are sorted
-SCORE = "solved"  # the main one of those that `score` returns
+SYMMETRY = None  # the order of the operands would be one, but `encode` sorts them
+SCORE = "solved"  # which of the scores sample.py prints first
 TEST = 512  # problems in each of the two tests: a standard error of two points
 
 # A field of the sequence. kind: "number", "operator", or the character that is always there. equation: which one it is
-# in; 0 is the prompt. role: its place among the fields of a prompt or an equation.
+# in; 0 is the prompt. role: which operand of the prompt, the comma after it included; n for the target and for a comma
+# between equations; n + 1 to n + 5 for the fields of an equation.
 Field = namedtuple("Field", "kind width equation role")
 
 
@@ -232,7 +244,8 @@ def template(n):
         fields += [Field("number", len(str(TOP)), 0, i), Field(",", 1, 0, i)]
     fields.append(Field("number", len(str(HIGH)), 0, n))
     for k, (left, right, result) in enumerate(limits(n), 1):
-        fields += [Field(",", 1, k, n)] if k > 1 else []
+        if k > 1:
+            fields.append(Field(",", 1, k, n))
         fields += [Field("number", len(str(left)), k, n + 1), Field("operator", 1, k, n + 2)]
         fields += [Field("number", len(str(right)), k, n + 3), Field("=", 1, k, n + 4)]
         fields.append(Field("number", len(str(result)), k, n + 5))
@@ -253,8 +266,8 @@ def editable(N):
 
 
 def encode(problems, equations):
-    """Problems (P, n+1) and equations (P, n-1, 4) -> tokens (P, N) uint8. The operands are put in falling
-    order (our choice: they may come in any, and a model need not learn that). As text,
+    """Arrays of problems (P, n+1) and equations (P, n-1, 4) -> tokens (P, N) uint8. The operands are put in falling
+    order (our choice: then the model need not learn that their order does not matter). As text,
 
         encode([[4, 20, 7, 87]], [[[20, 2, 4, 80], [80, 0, 7, 87]]])  ->  "20, 4, 7, 87" "20* 4=  80,  80+ 7= 87"
     """
@@ -263,7 +276,8 @@ def encode(problems, equations):
     for field in template(n):
         if field.kind == "number":
             power, x = 10 ** np.arange(field.width)[::-1], next(columns)[:, None]
-            parts.append(np.where((x < power) & (power > 1), CHARS.index(" "), x // power % 10 + CHARS.index("0")))
+            blank = (x < power) & (power > 1)  # a leading zero, but 0 itself is "0"
+            parts.append(np.where(blank, CHARS.index(" "), x // power % 10 + CHARS.index("0")))
         elif field.kind == "operator":
             parts.append(next(columns)[:, None] + CHARS.index("+"))
         else:
@@ -301,7 +315,7 @@ def whole_numbers(value):
 
 
 def parse(row):
-    """A row, a dict or a text -> its numbers, the target last, and its solution as text, "" if it has none."""
+    """(numbers with the target last, solution as text or "") of a row, which is a text or a JSON object."""
     if isinstance(row, str):
         return whole_numbers(row), ""
     if "nums" in row:
@@ -309,9 +323,11 @@ def parse(row):
     else:
         numbers, answer = whole_numbers(row["input"]), row["output"]
     answer = ",".join(answer) if isinstance(answer, list) else str(answer)
-    if "=" not in answer:
-        return numbers + (whole_numbers(answer) if answer.strip() and "nums" not in row else []), ""
-    return numbers, re.sub(r"\s*([-+*/=,])\s*", r"\1", answer.strip())
+    if "=" in answer:
+        return numbers, re.sub(r"\s*([-+*/=,])\s*", r"\1", answer.strip())
+    if "nums" not in row and answer.strip():  # the output is the target
+        numbers += whole_numbers(answer)
+    return numbers, ""
 
 
 def read(text, where="", operands=None):
@@ -330,8 +346,8 @@ def read(text, where="", operands=None):
             if text[at] == "{":
                 row, end = json.JSONDecoder().raw_decode(text, at)
             else:
-                end = (text.find("\n", at) + 1 or len(text) + 1) - 1
-                row = text[at:end]
+                row = re.compile(".*").match(text, at)[0]  # the rest of the line
+                end = at + len(row)
             (*numbers, target), answer = parse(row)
             if operands is None and len(numbers) in COORDS:
                 operands = len(numbers)
@@ -355,7 +371,7 @@ def read(text, where="", operands=None):
             raise BadInput(f"{line}{what}: {shown!r}") from None
         number += text.count("\n", at, end)
         at = end
-    reasons = f" ({', '.join(skipped)})" * bool(skipped)
+    reasons = f" ({', '.join(skipped)})" if skipped else ""
     require(problems, f"{where or 'the input'}: no problem that the model can take{reasons}")
     return np.array(problems), np.array(equations), skipped
 
@@ -367,7 +383,7 @@ def read_answer(problem, answer):
         raise BadInput(f"the solution is wrong, {wrong}")
     for k, (a, op, b, c) in enumerate(EQUATION.findall(answer)):
         a, op, b = int(a), OPS.index(op), int(b)
-        if a < b:  # of a sum or product, or 0/b=0, which is b*0=0
+        if a < b:  # a sum or product the other way round. 0/b=0 becomes b*0=0
             a, op, b = b, 2 if op == 3 else op, a
         equations[k] = a, op, b, int(c)
     return equations
@@ -379,7 +395,8 @@ def read_answer(problem, answer):
 def batches(problems, equations, device):
     """The `batch` function that rmdm.train asks for: each target as often as any other, as published."""
     problems, equations = (part[problems[:, -1].argsort(kind="stable")] for part in (problems, equations))
-    _, first, count = (torch.from_numpy(x).to(device) for x in np.unique(problems[:, -1], True, return_counts=True))
+    _, first, count = np.unique(problems[:, -1], return_index=True, return_counts=True)
+    first, count = (torch.from_numpy(x).to(device) for x in (first, count))
     x0 = torch.from_numpy(encode(problems, equations)).to(device)  # uint8: small on the device
     answer = torch.from_numpy(editable(x0.shape[1])).to(device)
 
@@ -395,8 +412,7 @@ def start(model, problems):
     """Problems (P, n+1) -> tokens (P, N) int64 on the model's device, the answer MASKed, and `editable` (P, N).
     Raises BadInput if the model is for another number of operands."""
     n, N, device = problems.shape[1] - 1, len(model.config.coords), next(model.parameters()).device
-    if n != LENGTHS[N]:
-        raise BadInput(f"the model is for {LENGTHS[N]} operands, not {n}")
+    require(n == LENGTHS[N], f"the model is for {LENGTHS[N]} operands, not {n}")
     x = encode(problems, np.zeros((len(problems), n - 1, 4), int))
     answer = torch.from_numpy(editable(N)).expand(*x.shape).to(device)
     return torch.from_numpy(x).long().to(device).masked_fill(answer, MASK), answer
@@ -408,11 +424,11 @@ def score(problems, equations, answers):
     return dict(solved=right(problems, answers).mean().item())
 
 
-def evaluate(model, problems, equations=None, **options):
+def evaluate(model, problems, **options):
     """One try at each problem (P, n+1), in batches that fit a cache; options as in rmdm.sample. Returns `score`."""
     parts = zip(*(part.split(128) for part in start(model, problems)))
     answers = torch.cat([rmdm.sample(model, *part, **options).x for part in parts])
-    return score(problems, equations, answers.cpu().numpy())
+    return score(problems, None, answers.cpu().numpy())
 
 
 # ---- 6. The command ----
@@ -424,7 +440,7 @@ def presets(n):
     V, quick = len(CHARS), rmdm.TrainConfig(steps=7300, batch=64)
     paper = rmdm.Config(V, len(COORDS[n]), width=128, heads=4, loops=4)
     ours = rmdm.Config(V, COORDS[n], width=128, heads=4, loops=4, time=False, inject=True)
-    steps, problems = (38_000, 2_000_000) if n == 3 else (62_000, 5_000_000)  # a problem is drawn once, about
+    steps, problems = (38_000, 2_000_000) if n == 3 else (62_000, 5_000_000)  # each is drawn about once
     long = replace(quick, steps=steps, lr=0.005, lr_rest=0.001, eval_every=4000)  # many steps want low rates
     return {
         "paper": (paper, replace(quick, steps=3400), 500_000),
@@ -434,7 +450,7 @@ def presets(n):
 
 
 def chosen(args):
-    """The settings that the command line asks for: (config, training, about)."""
+    """The settings that the command line asks for: (config, training, about), the last of the task and its data."""
     n = args.numbers
     config, training, count = presets(n)[args.preset or ("short" if n == 3 else "long")]
     config, training = rmdm.override(args.set, config, replace(training, seed=args.seed))
@@ -449,13 +465,11 @@ def data(about, seed):
     if path is None:
         problems, equations = generate(n, count, seed)
     else:
-        text = rmdm.read_text(path)
-        rmdm.same_data(about, text)
-        problems, equations, skipped = read(text, path, n)
-        known = np.flatnonzero(equations.any((1, 2)))  # in a random order, since files are often sorted
+        problems, equations, skipped = read(rmdm.data_text(about), path, n)
+        known = np.flatnonzero(equations.any((1, 2)))
         skipped += Counter({"without a solution": len(problems) - len(known)})
         rmdm.tell_skipped(skipped)
-        rows = np.random.default_rng(seed).permutation(known)[:count]
+        rows = np.random.default_rng(seed).permutation(known)[:count]  # files are often sorted
         require(len(rows) >= 100, f"{path}: training needs at least 100 problems with {n} operands and a solution")
         problems, equations = problems[rows], equations[rows]
     seen, *tests = split(problems, equations, seed)
@@ -484,13 +498,12 @@ def main():
     args = parser.parse_args()
     device = rmdm.pick_device(args.device)
     rmdm.set_threads(training=True)
-    settings = rmdm.resumed_settings(parser, args) if args.resume else chosen(args)
+    settings = rmdm.resumed_settings(parser, args, "countdown") if args.resume else chosen(args)
     config, training, about = settings
-    if not args.resume:
-        rmdm.begin(args.out, *settings)  # before the data are made
+    rmdm.begin(args.out, *settings, args.resume)  # before the data are made
     seen, tests = data(about, training.seed)
-    N, operands = len(config.coords), tests["held-out operands"]
-    x0 = torch.from_numpy(encode(*operands)).long().to(device)
+    N, test = len(config.coords), tests["held-out operands"]
+    x0 = torch.from_numpy(encode(*test)).long().to(device)
     answer = torch.from_numpy(editable(N)).expand(*x0.shape).to(device)
 
     def monitor(model):  # the bound is of the one solution in the data; `evaluate` counts any
@@ -503,8 +516,8 @@ def main():
     batch = batches(*seen, device)
     model = rmdm.train_in(args.out, model, training, batch, monitor, about=about, resume=args.resume)
     report(model, tests)
-    problem = ",".join(map(str, operands[0][0]))
-    print(f"\nsolve one that it has never seen:\n  python sample.py countdown --checkpoint {args.out} {problem}")
+    checkpoint, problem = shlex.quote(args.out), ",".join(map(str, test[0][0]))
+    print(f"\nsolve one that it has never seen:\n  python sample.py countdown --checkpoint {checkpoint} {problem}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ fewer ("minimal"). Only blanks are masked, so every state of the forward process
 
 import itertools
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +40,8 @@ BOX = ROW // 3 * 3 + COL // 3
 UNITS = np.array([np.flatnonzero(kind == i) for kind in (ROW, COL, BOX) for i in range(9)])  # (27, 9)
 COORDS = tuple(zip(ROW.tolist(), COL.tolist(), BOX.tolist()))  # ours: three coordinates a cell, see rmdm.Config
 CHARS = ".123456789"  # a token's character
-SCORE = "exact"  # the main one of those that `score` returns
-LENGTHS = {81: None}  # the lengths that a sequence may have
+SCORE = "exact"  # which of the scores sample.py prints first
+LENGTHS = {81: None}  # the length of a sequence -> `operands` of `read`, which Sudoku has none of
 
 # ---- 1. Rules ----
 
@@ -52,7 +53,7 @@ def check(board, puzzle=None):
         counts = np.bincount(board[cells], minlength=10)[1:]
         if counts.max() > 1:
             return f"{('row', 'column', 'box')[u // 9]} {u % 9 + 1} has the digit {counts.argmax() + 1} twice"
-    if puzzle is not None and not (board != MASK).all():
+    if puzzle is not None and (board == MASK).any():
         return f"{(board == MASK).sum()} cells are empty"
     if puzzle is not None and ((puzzle != MASK) & (puzzle != board)).any():
         return "a clue is changed"
@@ -70,7 +71,7 @@ def broken(x):
     return ((units[..., 1:] == units[..., :-1]) & (units[..., 1:] != MASK)).flatten(1).any(1)
 
 
-def cell_name(cell, N=81):
+def cell_name(cell, N):
     """What to call a cell: r1c1= to r9c9=."""
     return f"r{cell // 9 + 1}c{cell % 9 + 1}="
 
@@ -90,14 +91,15 @@ def draw(cells):
 #     20       0 0 0 0 1 0 1 0 0   it is 3 or 5
 #     4        0 0 0 0 0 0 1 0 0   it is 3
 
-COUNT = np.array([bin(i).count("1") for i in range(512)], np.uint8)
+COUNT = np.array([i.bit_count() for i in range(512)], np.uint8)  # how many digits are possible
 
 
 def deduce(c):
-    """One round of two rules: a digit that is known is impossible elsewhere in its row, column and box (naked single),
-    and a digit that has one place left in one of them is there (hidden single).
+    """One round of two rules. Naked single: a digit that is known is impossible elsewhere in its row, column and box.
+    Hidden single: if only one cell of a row, column or box can have a digit, it has it.
 
     Returns the new c, and (n,) bool: False where some digit has no place left, so that there is no solution."""
+    # single: the cells with one digit left, else 0. once, twice: the digits possible in at least one and two cells.
     single = np.where(c & (c - np.uint16(1)), np.uint16(0), c)
     fixed = np.bitwise_or.reduce(single[UNITS], axis=1)
     c = np.where(single, c, c & ~(fixed[ROW] | fixed[9 + COL] | fixed[18 + BOX]))
@@ -130,7 +132,9 @@ def fill(n, rng):
 
 def search(c):
     """One solution of each board, (81, n), all 0 if it has none: singles, then a guess in a cell with fewest
-    candidates, all boards side by side; where there is no board left, they go back to all guesses at once."""
+    candidates, all boards side by side. When no board is left, the search goes on with all but the guess, for all
+    guesses at once."""
+    # owner: which board a column comes from. later: boards without their guess, with their owners
     solution, owner, later = np.zeros_like(c), np.arange(c.shape[1]), []
     while len(owner) or later:
         if not len(owner):
@@ -140,12 +144,12 @@ def search(c):
         size = COUNT[new]
         done = ok & (size == 1).all(0) & (new == c).all(0)
         solution[:, owner[done]] = new[:, done]
-        go = ok & (solution[0, owner] == 0)
+        go = ok & (solution[0, owner] == 0)  # not contradicted, and not solved by another guess
         c, owner, new, size = c[:, go], owner[go], new[:, go], size[:, go]
         stuck = np.flatnonzero((new == c).all(0))
         cell = np.where(size > 1, size, 99)[:, stuck].argmin(0)
         other = new[:, stuck]
-        guess = new[cell, stuck] & (~new[cell, stuck] + np.uint16(1))  # the lowest bit
+        guess = new[cell, stuck] & -new[cell, stuck]  # the lowest bit
         other[cell, np.arange(len(stuck))] ^= guess
         new[cell, stuck] = guess
         if len(stuck):
@@ -174,9 +178,10 @@ def generate(n, seed):
 
 
 def fingerprint(grids):
-    """Full grids (n, 81) -> n keys that no symmetry of Sudoku changes, for telling grids apart up to all of
-    `symmetry`: how often the permutation that takes one row (or column) to another, done 2, 3 and 4 times, leaves a
-    digit in place, for all pairs of rows (or columns), sorted. Few other grids share a key."""
+    """Full grids (n, 81) -> a key each. Grids that `symmetry` turns into each other share it, others rarely.
+
+    For each pair of rows it takes the permutation of digits that leads from one to the other, and counts the digits
+    that stay when it is done 2, 3 and 4 times. The key is these counts, sorted, and the same for columns."""
     sides = []
     for lines in (grids.reshape(-1, 9, 9), grids.reshape(-1, 9, 9).transpose(0, 2, 1)):
         where, pairs = lines.argsort(-1), []  # the place of each digit
@@ -192,8 +197,8 @@ def fingerprint(grids):
 
 
 def split(puzzles, solutions, held_out):
-    """The last `held_out` puzzles for testing and the others for training, without the training puzzles whose grid
-    is, up to symmetry, a held-out one. Returns (puzzles, solutions) twice."""
+    """The last `held_out` puzzles for testing and the others for training, but those whose solution has the
+    `fingerprint` of a held-out one. Returns (puzzles, solutions) twice, for training and for testing."""
     keys = fingerprint(solutions)
     secret = set(keys[-held_out:])
     keep = np.array([key not in secret for key in keys])
@@ -201,7 +206,7 @@ def split(puzzles, solutions, held_out):
 
 
 def generated(n, seed, folder="data"):
-    """`generate` with a cache on disk, keyed by its settings, its checksum compared."""
+    """`generate`, kept in a file that is named after n, seed and the version of `generate`."""
     path = Path(folder) / f"sudoku-minimal-v3-seed{seed}-n{n}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -215,11 +220,11 @@ def generated(n, seed, folder="data"):
 # ---- 3. Files ----
 
 
-BLANKS = "._*?xX\u00b7-"  # besides 0. The last five are blanks only where a line or grid then has exactly 81 cells
+BLANKS = "._*?xX\u00b7-"  # besides 0. The last five count only where there are then exactly 81 cells
 CELL, WORD = f"[0-9{BLANKS}]", f"[\\w{BLANKS}]+"  # a word is made of cells, or it is text
 ODD = f"[^0-9{BLANKS}]"  # a character that is no cell
 PIECE = f"({CELL}|{CELL}{{3}}|{CELL}{{9}})"  # a cell, three, or a row: the pieces that drawn puzzles and lists have
-APART = re.compile(f"(?<![\\w{BLANKS}]){PIECE}[^\\w{BLANKS}]+(?={PIECE}(?!{WORD}))")  # a piece and what follows it
+APART = re.compile(f"(?<![\\w{BLANKS}]){PIECE}[^\\w{BLANKS}]+(?={PIECE}(?!{WORD}))")  # and what parts it from the next
 
 
 def fields_in(word):
@@ -233,16 +238,16 @@ def fields_in(word):
         raise BadInput(f"{odd[0][0]!r} at cell {odd[0].start() + 1} is neither a digit nor a blank (0 . _ *)")
     if len(word) == 81:
         return [word]
-    half = len(word) > 40 and len(odd) < 4 or re.search(CELL + "{41}", word)  # a hash has more letters
-    if half or re.fullmatch("[0-9._*]+", word) and not re.fullmatch("[0-9]+[.][0-9]+", word):
-        lost = " (leading zeros lost?)" * bool(re.fullmatch("(?=.{41,80}$)[1-9]+0[0-9]*", word))
+    damaged = len(word) > 40 and len(odd) < 4 or re.search(CELL + "{41}", word)  # not a hash: that has more letters
+    if damaged or re.fullmatch("[0-9._*]+", word) and not re.fullmatch("[0-9]+[.][0-9]+", word):
+        lost = " (leading zeros lost?)" if 40 < len(word) < 81 and re.fullmatch("[1-9]+0[0-9]*", word) else ""
         raise BadInput(f"a field of {len(word)} cells, not 81{lost}: {word[:40]!r}")
     return []
 
 
 def scan(line):
-    """The cells in a line, and what they are: "fields" of 81 cells, a "row" of a drawn grid, a "number", other
-    "text", or a "border"."""
+    """(cells, kind) of a line. kind: "fields" of 81 cells, with a list of them; a "row" of a drawn grid, a "number",
+    other "text", or a "border", with a text."""
     if number := re.search(r"[0-9]([.,][0-9]{1,20})?[eE]\+[4-8][0-9]", line):
         raise BadInput(f"{number[0]!r} is what a spreadsheet makes of 81 digits")
     for line in (line, APART.sub(r"\1", line)):  # as it is; then without what stands between single cells
@@ -250,7 +255,7 @@ def scan(line):
         if fields := [field for word in words for field in fields_in(word)]:
             return fields, "fields"
     rows = [word for word in words if not re.search(ODD, word)]
-    if len(rows) < len(words):  # beside text only what is plainly drawn is a row: 12.3.2024 is none
+    if len(rows) < len(words):  # beside text, nine cells are a row only with a border: the date 12.03.202 is none
         rows = [row for row in rows if len(row) == 9 and re.search(r"[\[{|]", line)]
         return (rows[0], "row") if rows else ("", "text")
     cells = "".join(rows)
@@ -263,50 +268,52 @@ def scan(line):
 
 
 def read(text, where="", operands=None):
-    """The puzzles and solutions (n, 81) uint8 in a text, unknown solutions all 0. And {}: no row is skipped.
+    """The puzzles and solutions (n, 81) uint8 in a text, unknown solutions all 0. And {}: no row was skipped.
 
     A puzzle is a field of 81 cells, and its solution a second one in the same line. Or a puzzle is drawn as nine
-    rows of nine cells. What else stands in the text does not matter. Raises BadInput, with the number of the line,
-    for a damaged puzzle and a wrong solution; and if there is no puzzle."""
-    text, found, grid, number = re.sub("\r\n?", "\n", text), [], [], 0
+    rows of nine cells. Words and other columns are ignored. Raises BadInput, with the number of the line, for a
+    damaged puzzle, a field of 20 cells or more that is none, and a wrong solution; and if there is no puzzle."""
+    text, found, grid, stray = re.sub("\r\n?", "\n", text), [], [], 0
     # A file of SadMan Sudoku has the puzzle once more, as its player left it.
     text = re.sub(r"(?im)^\[state\][^\[]*", lambda part: "\n" * part[0].count("\n"), text)
     try:
         for n, line in enumerate([*text.split("\n"), "the end"], 1):
             cells, kind = ("", "border") if line.lstrip().startswith("#") else scan(line)
             if kind in ("row", "border"):
-                grid += [(n, cells)] * (kind == "row")
+                if kind == "row":
+                    grid.append((n, cells))
                 continue
             # Anything else ends a grid. Nine - are a row of it only if - stands for a blank in other rows, too.
-            blanks = {cell for _, row in grid if re.search("[0-9.]", row) for cell in row}
-            rows, grid = [row for row in grid if blanks.issuperset(row[1])], []
+            used = {cell for _, row in grid if re.search("[0-9.]", row) for cell in row}
+            rows, grid = [row for row in grid if used.issuperset(row[1])], []
             if len(rows) % 9:
                 n = rows[len(rows) // 9 * 9][0]
                 raise BadInput(f"a grid of {len(rows) % 9} rows, not 9")
             found += [(rows[i][0], "".join(row for _, row in rows[i : i + 9]), "") for i in range(0, len(rows), 9)]
-            number = n if kind == "number" else number * (kind == "text" and not rows)  # a heading, if rows follow
+            if rows or kind != "text":  # a number before a puzzle was its heading, elsewhere it is a cut puzzle
+                stray = n if kind == "number" else 0
             if kind == "fields":
                 cells.sort(key=lambda field: not re.search("[^1-9]", field))  # the one with blanks is the puzzle
-                two = len(cells) < 3 and not re.search("[^1-9]", "".join(cells[1:]))
-                require(two, f"{len(cells)} fields of 81 cells that are not one puzzle and its solution")
+                fit = len(cells) < 3 and not re.search("[^1-9]", "".join(cells[1:]))
+                require(fit, f"{len(cells)} fields of 81 cells that are not one puzzle and its solution")
                 found.append((n, *cells, "")[:3])
-        n = number
-        require(not number, "too few cells for a puzzle (is the text cut off?)")
-        numbers, *fields = zip(*found or [(0, "", "")])
-        puzzles, solutions = ("".join(field or "0" * 81 for field in part) for part in fields)
+        n = stray
+        require(not stray, "too few cells for a puzzle (is the text cut off?)")
+        require(found, "no puzzle in it")
+        numbers, *fields = zip(*found)
         zeros = str.maketrans(BLANKS, "0" * len(BLANKS))
-        puzzles, solutions = (
-            np.frombuffer(part.translate(zeros).encode(), np.uint8).reshape(-1, 81) - 48
-            for part in (puzzles, solutions)
-        )
+        texts = ("".join(field or "0" * 81 for field in part).translate(zeros) for part in fields)
+        puzzles, solutions = (np.frombuffer(part.encode(), np.uint8).reshape(-1, 81) - 48 for part in texts)
         for i in range(0, len(found), 4096):  # some at a time, to save memory
             p, s = puzzles[i : i + 4096], solutions[i : i + 4096]
-            for k in np.flatnonzero(broken(torch.from_numpy(p)).numpy() | s.any(1) & ~right(p, s))[:1]:
+            wrong = broken(torch.from_numpy(p)).numpy() | s.any(1) & ~right(p, s)
+            if wrong.any():
+                k = wrong.argmax()
                 n = numbers[i + k]
                 raise BadInput(check(p[k]) or f"the solution is wrong: {check(s[k], p[k])}")
     except BadInput as e:
-        raise BadInput(f"{where}, line {n}: {e}" if where else str(e)) from None
-    require(found, f"{where}: no puzzle in it" if where else "no puzzle in it")
+        place = f"{where}, line {n}" if n else where
+        raise BadInput(f"{place}: {e}" if where else str(e)) from None
     return puzzles, solutions, {}
 
 
@@ -387,7 +394,7 @@ HELD_OUT = 256  # puzzles kept for evaluation: a standard error of two to three 
 
 
 def chosen(args, device):
-    """The settings that the command line asks for: (config, training, about)."""
+    """The settings that the command line asks for: (config, training, about), the last of the task and its data."""
     config, training, count = PRESETS[args.preset or ("long" if device.type == "cuda" else "short")]
     config, training = rmdm.override(args.set, config, replace(training, seed=args.seed))
     count = count if args.puzzles is None else args.puzzles
@@ -401,24 +408,22 @@ def data(about, seed):
     if about["data"] is None:
         puzzles, solutions = generated(count, seed)
     else:
-        text = rmdm.read_text(about["data"])
-        rmdm.same_data(about, text)
-        puzzles, solutions, _ = read(text, about["data"])
-        known = np.flatnonzero(solutions.all(1))  # in a random order, since files are often sorted by difficulty
-        rows = np.random.default_rng(seed).permutation(known)[:count]
+        puzzles, solutions, _ = read(rmdm.data_text(about), about["data"])
+        known = np.flatnonzero(solutions.all(1))
+        rows = np.random.default_rng(seed).permutation(known)[:count]  # files are often sorted by difficulty
         require(len(rows) > HELD_OUT, f"{about['data']}: training needs over {HELD_OUT} puzzles with their solutions")
         puzzles, solutions = puzzles[rows], solutions[rows]
     seen, test = split(puzzles, solutions, HELD_OUT)
     left_out = len(puzzles) - HELD_OUT - len(seen[0])
     why = f"{left_out:,} left out, since their solution is a held-out one but for symmetry"
     require(len(seen[0]), f"no puzzle is left to train on: {why}")
-    print(f"{len(seen[0]):,} puzzles to train on, {HELD_OUT} held out to test" + f"; {why}" * (left_out > 0))
+    print(f"{len(seen[0]):,} puzzles to train on, {HELD_OUT} held out to test" + (f"; {why}" if left_out else ""))
     return seen, test
 
 
 def report(model, test):
     """Print what the model solves of the held-out puzzles, by loops and steps."""
-    print(f"solved, % of {len(test[0])} held-out puzzles, by loops L and steps T (the last with threshold 0.99)")
+    print(f"solved, % of {len(test[0])} held-out puzzles, by loops L and steps T (T=81 with threshold 0.99)")
     for L in (model.config.loops, 2 * model.config.loops):
         print(f"  L={L:<3}", end="", flush=True)
         for T in (1, 5, 20, 81):
@@ -433,16 +438,16 @@ def report(model, test):
 
 def main():
     parser = rmdm.training_parser(__doc__, PRESETS, "runs/sudoku")
-    parser.add_argument("--puzzles", type=int, help="to train on (default: 10000; long: 50000)")
+    parser.add_argument("--puzzles", type=int, help="to train on, at random if of a file (default: 10000; long: 50000)")
     args = parser.parse_args()
     device = rmdm.pick_device(args.device)
     rmdm.set_threads(training=True)
-    settings = rmdm.resumed_settings(parser, args) if args.resume else chosen(args, device)
+    settings = rmdm.resumed_settings(parser, args, "sudoku") if args.resume else chosen(args, device)
     config, training, about = settings
-    if not args.resume:
-        rmdm.begin(args.out, *settings)  # before the data are made
+    rmdm.begin(args.out, *settings, args.resume)  # before the data are made
     seen, test = data(about, training.seed)
-    x0, blank = (torch.from_numpy(part).to(device) for part in (test[1].astype(int), test[0] == MASK))
+    x0 = torch.from_numpy(test[1]).long().to(device)
+    blank = torch.from_numpy(test[0] == MASK).to(device)
     few = [part[:128] for part in test]
 
     def monitor(model):
@@ -454,8 +459,8 @@ def main():
     batch = batches(*seen, device)
     model = rmdm.train_in(args.out, model, training, batch, monitor, about=about, resume=args.resume)
     report(model, test)
-    puzzle = "".join(CHARS[digit] for digit in test[0][0])
-    print(f"\nsolve one that it has never seen:\n  python sample.py sudoku --checkpoint {args.out} {puzzle}")
+    checkpoint, puzzle = shlex.quote(args.out), "".join(CHARS[digit] for digit in test[0][0])
+    print(f"\nsolve one that it has never seen:\n  python sample.py sudoku --checkpoint {checkpoint} {puzzle}")
 
 
 if __name__ == "__main__":

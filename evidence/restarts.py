@@ -4,44 +4,43 @@ generated here, so that no public set is tuned on.
     python evidence/restarts.py sudoku       # the 64 of 8,192 generated puzzles on which a search guesses most often
     python evidence/restarts.py countdown    # 64 generated problems, four operands, with held-out targets
 
-A variant is one JSON object a line: the share of tries that succeed, their mean loops and milliseconds, and what share
-of the problems would be solved in 0.1, 0.2, .. seconds of one core.
+A variant is one JSON object a line: the share of tries that succeed, their mean loops, and what share of the problems
+would be solved for the operations of so many loops of the base model. This does not depend on the machine.
 """
 
 import json
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from results import flops
+
 import rmdm
 import sample
 import train_countdown
 import train_sudoku
 
-TRIES, SECONDS = 32, (0.1, 0.2, 0.4, 0.8)
-BASE = {  # the weights, and the options that the variants change
-    "sudoku": ("sudoku-short", dict(steps=81, noise=0.2, threshold=0.97, loops=16, later_loops=8)),
-    "countdown": ("countdown-4", dict(steps=52, order="random", temperature=1.0, threshold=0.99)),
-}
-VARIANTS = {  # what differs from the first
+TRIES, BUDGETS = 32, {"sudoku": (125, 250, 500, 1000), "countdown": (32, 64, 128, 256)}  # loops
+STEPS, WEIGHTS = {"sudoku": 81, "countdown": 52}, {"sudoku": "sudoku-short", "countdown": "countdown-4"}
+VARIANTS = {  # what differs from the default of further tries in sample.py
     "sudoku": {
-        "the base": {},
+        "the default": {},
         "nothing given up": dict(give_up=None),
         "every step from h^0": dict(later_loops=None),
         "4 later loops": dict(later_loops=4),
         "32 loops, 16 later": dict(loops=32, later_loops=16),
-        "threshold 0.99": dict(threshold=0.99),
+        "threshold 0.97": dict(threshold=0.97),
         "threshold 0.9": dict(threshold=0.9),
         "noise 0.1": dict(noise=0.1),
         "noise 0.3": dict(noise=0.3),
         "long model": dict(model="sudoku-long"),
     },
     "countdown": {
-        "the base": {},
+        "the default": {},
         "nothing given up": dict(give_up=None),
         "8 steps": dict(steps=8),
         "threshold 0.9": dict(threshold=0.9),
@@ -75,24 +74,25 @@ def within(right, tries):
 def main():
     name = sys.argv[1] if len(sys.argv) == 2 else ""
     rmdm.require(name in VARIANTS, "usage: python evidence/restarts.py sudoku|countdown")
-    task, (weights, base) = sample.TASKS[name], BASE[name]
+    task, base = sample.TASKS[name], dict(steps=STEPS[name]) | sample.SOLVE[name]["again"]
     given = problems(task)
-    rows = given.repeat(TRIES, 0)
+    rows, base_loop = given.repeat(TRIES, 0), None
     for variant, change in VARIANTS[name].items():
         options = base | dict(give_up=lambda x: sample.hopeless(task, x, 1)) | change
-        file = Path(__file__).parents[1] / "weights" / f"{options.pop('model', weights)}.pt"
+        file = Path(__file__).parents[1] / "weights" / f"{options.pop('model', WEIGHTS[name])}.pt"
         model, generator, right, loops = rmdm.load(file), torch.Generator().manual_seed(0), [], 0
-        began = time.process_time()
+        form = asdict(model.config)
+        one_loop = flops(form | dict(coords=len(form["coords"])), 1, 0)  # operations
+        base_loop = base_loop or one_loop
         for i in range(0, len(rows), 64):
             some = rows[i : i + 64]
             filled = sample.attempt(task, model, some, task.SYMMETRY, generator, False, options)
             right.append(task.right(some, filled.x.numpy()))
             loops += filled.loops.sum().item()
-        ms = 1000 * (time.process_time() - began) / len(rows)
-        right = np.concatenate(right).reshape(len(given), TRIES)
-        solved = {f"{s} s": within(right, 1000 * s / ms) for s in SECONDS}
-        row = dict(task=name, variant=variant, n=len(given), tries=TRIES, right=right.mean(), loops=loops / len(rows))
-        print(json.dumps(row | dict(ms=ms) | solved), flush=True)
+        right, loops = np.concatenate(right).reshape(len(given), TRIES), loops / len(rows)
+        solved = {f"{budget} loops": within(right, budget * base_loop / (loops * one_loop)) for budget in BUDGETS[name]}
+        row = dict(task=name, variant=variant, n=len(given), tries=TRIES, right=right.mean(), loops=loops)
+        print(json.dumps(row | solved), flush=True)
 
 
 if __name__ == "__main__":

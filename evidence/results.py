@@ -7,7 +7,6 @@
 
     logs/NAME-seed*.jsonl         log.jsonl of a training run, or of several, one after the other
     logs/NAME-seed*-eval.jsonl    what `python sample.py --data FILE --json` printed
-    logs/NAME-seed*.txt           what training printed at its end, for runs up to commit 16cafdf
     logs/restarts-*.jsonl         what evidence/restarts.py printed
 """
 
@@ -82,23 +81,22 @@ def training_flops(head, steps):
 
 def runs(name):
     """For each model of NAME, in the order of its files, a tuple of one dict a seed: its settings, its last line, and
-    `head`, the settings alone; `course`, all lines; `at`, {(file, T): scores}; `text`, what training printed."""
+    `head`, the settings alone; `course`, all lines; `at`, {(file, T): scores}."""
     seeds = []
     for path in sorted(LOGS.glob(f"{name}-seed?.jsonl")):
-        logs, at, text = [], {}, path.with_suffix(".txt")
+        logs, at = [], {}
         for row in lines(path):
             if row["step"] == 0:
                 logs.append({})
             logs[-1][row["step"]] = row  # after a resume steps come again: the last entry counts
         for row in scores(path.with_name(f"{path.stem}-eval.jsonl")):
             at.setdefault(row["checkpoint"], {})[row["file"], row["T"]] = row
-        texts = text.read_text().split("\npreset ") if text.exists() else [""] * len(logs)
         models = []
-        for log, text, found in zip(logs, texts, at.values() or [{}] * len(logs), strict=True):
+        for log, found in zip(logs, at.values() or [{}] * len(logs), strict=True):
             head, end = settings(log[0]), dict(log[max(log)])
             if "flops" not in end:
                 end["flops"] = training_flops(head, end["step"])
-            models.append(head | end | dict(head=head, course=[log[step] for step in sorted(log)], text=text, at=found))
+            models.append(head | end | dict(head=head, course=[log[step] for step in sorted(log)], at=found))
         seeds.append(models)
     return list(zip(*seeds, strict=True))
 
@@ -163,22 +161,13 @@ def on(file, *steps):
     return {f"{file}, T={T}": lambda model, T=T: model["at"][file, T]["share"] for T in steps}
 
 
-def printed(pattern):
-    """The number in what training printed; {loops} and other settings stand for the run's own."""
-    return lambda model: float(re.search(pattern.format_map(model), model["text"], re.M)[1])
-
-
 PARAMETERS, STEPS = {"parameters": last("parameters")}, {"steps": last("steps")}
 FLOPS = {"training, TFLOP": last("flops", 1e-12)}
 SIZE = PARAMETERS | STEPS | FLOPS
 MINUTES, NELBO = {"minutes": last("seconds", 1 / 60)}, {"NELBO, nats": last("nelbo")}
 DEPTH = PARAMETERS | FLOPS | NELBO
 CHOICES = STEPS | NELBO | on("kaggle3m", 5, 20, 81)
-TESTS = {f"{key}, T=34": printed(rf"^held-out {key}.* solved (\S+)%") for key in ("operands", "targets")}
-CD3 = STEPS | FLOPS | MINUTES | TESTS | on("cd3", 1, 8, 34)
-FINAL = SIZE | MINUTES | NELBO
-FINAL |= {f"held-out {key}": last(f"held-out {key}", 100) for key in ("operands", "targets")}
-FIRST = {"operands, T=1": printed(r"^  L={loops} +(\S+)")}
+HELD_OUT = {f"held-out {key}": last(f"held-out {key}", 100) for key in ("operands", "targets")}
 
 
 def choices():
@@ -194,13 +183,6 @@ def choices():
     skip = r"supervise=(\d|grow)|mass|embedding|time|min=[14]|inject=false coord_bias=false|curriculum"
     kept = [seeds for seeds in found if not re.search(skip, label(seeds[0]))]
     return compare(kept, CHOICES, "change", label)
-
-
-def presets():
-    """The two presets, and the short one as it was before examples were carried."""
-    names = {"sudoku-short": "short", "sudoku-long": "long", "sudoku-today": "short, examples not carried"}
-    rows, labels = [seeds for log in names for seeds in runs(log)], iter(names.values())
-    return compare(rows, SIZE | MINUTES | NELBO, "model", lambda model: next(labels))
 
 
 def rates():
@@ -222,29 +204,39 @@ def supervised(model):
     return how[model["supervise"]]
 
 
-def supervision():
-    """The loss at all loops, alike or by l, after 800 steps. The loss at the final loop alone: see `rates`."""
+def beside_paper(names, first, label):
+    """The paper's form on Sudoku after 800 steps, and what differs from it in one thing."""
     found = [seeds for seeds in runs("sudoku-paper-depth") if shape(seeds[0]) == "1 x 8"]
-    return compare(found + runs("sudoku-paper-supervision"), STEPS | NELBO, "loss at", supervised)
+    return compare(sum(map(runs, names.split()), found), STEPS | NELBO, first, label)
+
+
+def optimizer(model):
+    return "Muon, 0.02; AdamW for the rest, 0.004" if model["muon"] else f"AdamW for all, {model['lr_rest']}"
 
 
 def looping_runs():
-    """LoopMDM's form and what it is compared with. The last two rows have additions of ours."""
-    found = runs("sudoku-loopmdm") + runs("sudoku-loopmdm-deep")
-    found.sort(key=lambda seeds: seeds[0]["coord_bias"])
-    return found + [seeds for seeds in runs("sudoku-depth") if shape(seeds[0]) == "8 x 1, with additions"]
+    """LoopMDM's form, with the loop at three places, and what it is compared with."""
+    return runs("sudoku-loopmdm") + runs("sudoku-loopmdm-place") + runs("sudoku-loopmdm-deep")
 
 
 def looped(model):
-    """What to call a model of the tables about looping a part."""
-    ours = ", with our bias and coordinates" * model["coord_bias"] + ", injection" * model["inject"]
+    """What to call a model of the table about looping a part."""
     if model["loops"] == 1:
-        return f"{model['layers']} layers, not looped{ours}"
-    return f"{shape(model | dict(coord_bias=False))} (middle), S drawn{ours}"
+        return f"{model['layers']} layers, not looped"
+    place = "late" if not model["tail_layers"] else "middle" if model["head_layers"] else "early"
+    return f"{shape(model)} ({place}), S drawn"
 
 
-def operands(model):
-    return f"CD{model['numbers']}, {shape(model)}, d = {model['width']}, lr {model['lr']}"
+def countdown_runs():
+    """Our Countdown models, and what they solve of the public set for their number of operands."""
+
+    def solved(T=None):
+        return lambda model: model["at"][max(key for key in model["at"] if T in (None, key[1]))]["share"]
+
+    columns = SIZE | MINUTES | HELD_OUT | {"T=1": solved(1), "T=8": solved(8), "one token a step": solved()}
+    found = sum((runs(f"countdown-{name}") for name in ("cpu", "3", "4", "4-wide")), [])
+    name = lambda model: f"{min(model['at'])[0]}, {shape(model)}, d = {model['width']}"  # noqa: E731
+    return compare(found, columns, "set, model", name)
 
 
 MODELS = {"fixed": "8", "trunc": "8 to 16, the last 8 with gradient"}
@@ -257,12 +249,6 @@ def trained(row):
 def where(**wanted):
     """For pivot: the rows whose fields have one of the values wanted."""
     return lambda row: all(row[key] in values for key, values in wanted.items())
-
-
-def change(row):
-    """In what a row differs from how the 1 x 4 on Countdown is sampled as a rule."""
-    usual = dict(L=4, order="confidence", threshold=None, eps=0.0)
-    return ", ".join(f"{key}={row[key]}" for key, x in usual.items() if row[key] != x) or "none"
 
 
 def first_try(name, file, T):
@@ -312,48 +298,52 @@ def claims():
     def grid(L, T, file="kaggle3m"):
         return share("sudoku-paper-grid", T, file=file, L=L)
 
+    easy, countdown = "ye2024_test", runs("countdown-paper-depth")
+    cd3 = {shape(seeds[0]): spread(model["at"]["cd3", 34]["share"] for model in seeds) for seeds in countdown}
     final = min(model["nelbo"] for (model,) in runs("sudoku-paper-rates") if model["steps"] == 2000)
     depth, looped = "sudoku-paper-depth", "sudoku-loopmdm"
     stop = {eps: [share(f"{looped}-stop", 20, key, L=8, eps=eps) for key in ("share", "loops")] for eps in (0, 0.2)}
     rows = [
         (
             "L loops of one layer do as well as L layers",
-            "nearly",
-            f"NELBO after 800 training steps: 8 loops {bound(depth, '1 x 8', 800)}, "
-            f"8 layers {bound(depth, '8 x 1', 800)}, one layer run once {bound(depth, '1 x 1', 800)}",
+            "on Countdown yes; on Sudoku nearly",
+            f"NELBO on Sudoku after 800 training steps: 8 loops {bound(depth, '1 x 8', 800)}; 8 layers "
+            f"{bound(depth, '8 x 1', 800)}; one layer run once {bound(depth, '1 x 1', 800)}. Countdown solved after "
+            f"1,500, %: 4 loops {cd3['1 x 4']}; 4 layers {cd3['4 x 1']}; one layer run once {cd3['1 x 1']}",
         ),
         (
             "loops replace denoising steps",
-            "yes, up to four loops",
-            f"mixed puzzles solved with 40 loops in all, %: one loop in each of 40 steps {grid(1, 40)}, two in 20 "
-            f"{grid(2, 20)}, four in 10 {grid(4, 10)}",
+            "on mixed puzzles, up to four loops",
+            f"solved with 40 loops in all, %: 1 loop x 40 steps: {grid(1, 40)}; 2 x 20: {grid(2, 20)}; 4 x 10: "
+            f"{grid(4, 10)}. On easy puzzles with 20 in all, 1 x 20: {grid(1, 20, easy)}; 4 x 5: {grid(4, 5, easy)}",
         ),
         (
             "more loops than in training help\\*",
-            "not in 20 steps",
-            f"mixed puzzles solved in 20 steps, %: 8 loops, as trained, {grid(8, 20)}, 16 loops {grid(16, 20)}",
+            "no",
+            f"mixed puzzles solved, %, with 8 loops, as in training, and with 16: in 5 steps {grid(8, 5)} and "
+            f"{grid(16, 5)}; in 20 steps {grid(8, 20)} and {grid(16, 20)}",
         ),
         (
             "the loss at every loop helps\\*",
             "yes",
-            f"NELBO: the loss at all loops {bound(depth, '1 x 8', 800)} after 800 training steps; at the final loop "
-            f"alone {final:.1f} after 2,000 (the better of two learning rates, one training; guessing is 125)",
+            f"NELBO with the loss at all loops {bound(depth, '1 x 8', 800)}, after 800 training steps; at the final "
+            f"loop alone {final:.1f}, after 2,000 (best of its learning rates, one training; guessing is 125)",
         ),
         (
             "to loop only some of the layers pays (LoopMDM)",
             "no",
-            f"NELBO, for as many operations: three layers with the middle one looped "
-            f"{bound(looped, '1 + 1 x 8 + 1', 1500)}, three layers run once {bound(looped, '3 x 1', 3250)}",
+            f"NELBO after as many operations of training: three layers with the middle one looped "
+            f"{bound(looped, '1 + 1 x 8 + 1', 1500)}; three layers run once {bound(looped, '3 x 1', 3250)}",
         ),
         (
             "an adaptive stop saves loops (LoopMDM)",
             "in one of two trainings",
-            f"easy puzzles in 20 steps: {stop[0][0]} % with {stop[0][1]} loops; with the stop {stop[0.2][0]} % with "
-            f"{stop[0.2][1]}",
+            f"the looped three layers on easy puzzles in 20 steps: {stop[0][0]}% with {stop[0][1]} loops; with the "
+            f"stop {stop[0.2][0]}% with {stop[0.2][1]}",
         ),
     ]
     rows = [(f"[{claim}](evidence/README.md#{section})", *cells) for (claim, *cells), section in zip(rows, SECTIONS)]
-    return table(("claim", "here?", "measured on Sudoku"), rows)
+    return table(("claim", "here?", "measured, on Sudoku unless said"), rows)
 
 
 SECTIONS = (
@@ -389,6 +379,16 @@ def summary(task, models):
     return table((what, "n", *models, "with tries", "tries", "seconds each"), rows)
 
 
+def single_tries():
+    """What one try of our Sudoku models solves."""
+    shown = {"short": "sudoku-short", "long": "sudoku-long"}
+    rows = [
+        (file, row["n"], *(first_try(log, file, T) for log in shown.values() for T in (1, 20)))
+        for file, row in default("sudoku").items()
+    ]
+    return table(("set", "n", *(f"{name}, T={T}" for name in shown for T in (1, 20))), rows)
+
+
 def solving(task):
     """The default of sample.py, in full: what is solved within so many tries, and what it costs."""
     rows, limits = [], (1, 4, 16, 64, 256, *[1024] * (task == "countdown"))
@@ -402,25 +402,16 @@ def solving(task):
 
 def variants(task):
     rows = lines(LOGS / f"restarts-{task}.jsonl")
-    budgets = [key for key in rows[0] if key.endswith(" s")]
+    budgets = [key for key in rows[0] if key.endswith(" loops")]
     body = []
     for row in rows:
         shares = (f"{100 * row[key]:.1f}" for key in ("right", *budgets))
-        body.append((row["variant"], next(shares), f"{row['loops']:.1f}", f"{row['ms']:.0f}", *shares))
-    return table(("variant", "a try is right, %", "loops a try", "ms a try", *(f"in {key}" for key in budgets)), body)
+        body.append((row["variant"], next(shares), f"{row['loops']:.1f}", *shares))
+    return table(("variant", "a try is right, %", "loops a try", *(f"in {key}" for key in budgets)), body)
 
 
-SAMPLING = "countdown-loops countdown-orders countdown-threshold countdown-adaptive"
-LONG = where(
-    checkpoint=("runs/long-0", "runs/long-1"),
-    L=(2, 3, 4, 6, 8),
-    order=("confidence", "random", "ancestral"),
-    threshold=(None, 0.9),
-    eps=(0, 0.4),
-)
 MORE = where(checkpoint=("runs/fixed-0", "runs/fixed-1", "runs/trunc-0", "runs/trunc-1"), eps=(0, 0.1))
 LOOPS = {"loops in training": trained, "L": "L", "eps": "eps"}
-OPERANDS = [f"countdown-{name}" for name in "3 4-slow 4 4-wide 5".split()]
 LOOPED = STEPS | FLOPS | {"rate": last("lr")} | NELBO | {"held-out, T=20": last("exact_T20", 100)}
 SUDOKU_MODELS = {"paper's form": "sudoku-paper", "short": "sudoku-short", "long": "sudoku-long"}
 COUNTDOWN_MODELS = {"paper's form": "countdown-paper", "short": "countdown-cpu", "long": "countdown-3 countdown-4"}
@@ -432,17 +423,21 @@ TABLES = {
     "countdown-summary": lambda: summary("countdown", COUNTDOWN_MODELS),
     "sudoku-paper": lambda: pivot("sudoku-paper", {"set": "file"}),
     "countdown-paper": lambda: pivot("countdown-paper", {"set": "file"}),
+    "sudoku-paper-optimizer": lambda: beside_paper(
+        "sudoku-paper-adamw sudoku-paper-adamw-rates", "optimizer, largest rate", optimizer
+    ),
     "sudoku-paper-depth": lambda: compare(runs("sudoku-paper-depth"), DEPTH | on("ye2024_test", 20)),
+    "countdown-paper-depth": lambda: compare(runs("countdown-paper-depth"), DEPTH | HELD_OUT | on("cd3", 34)),
     "sudoku-paper-grid": lambda: pivot("sudoku-paper-grid", GRID, loops=False),
     "countdown-paper-grid": lambda: pivot("countdown-paper-grid", GRID, loops=False),
-    "sudoku-paper-supervision": supervision,
+    "sudoku-paper-supervision": lambda: beside_paper("sudoku-paper-supervision", "loss at", supervised),
     "paper-rates": rates,
     "sudoku-loopmdm": lambda: compare(looping_runs(), LOOPED, "form", looped),
-    "sudoku-loopmdm-stop": lambda: pivot("sudoku-loopmdm-stop", {"L": "L", "eps": "eps"}),
-    "countdown-depth": lambda: compare(runs("countdown-depth"), PARAMETERS | FLOPS | FIRST | TESTS),
-    "countdown-looping": lambda: compare(runs("countdown-looping"), STEPS | FIRST | TESTS, "head + K x L + tail"),
-    "sudoku-presets": presets,
-    "sudoku-single": lambda: pivot("sudoku-short sudoku-long", {"set": "file", "L": "L"}, loops=False),
+    "sudoku-loopmdm-stop": lambda: pivot("sudoku-loopmdm-stop", {"L": "L", "eps": "eps"}, where(eps=(0, 0.2))),
+    "sudoku-presets": lambda: compare(
+        runs("sudoku-short") + runs("sudoku-long"), SIZE | MINUTES | NELBO, "d", last("width")
+    ),
+    "sudoku-single": single_tries,
     "sudoku-choices": choices,
     "sudoku-generated": lambda: pivot("sudoku-generated", {"model": "checkpoint", "L": "L"}),
     "sudoku-orders": lambda: pivot("sudoku-orders", {"order": "order"}, where(file=["kaggle3m"])),
@@ -451,9 +446,7 @@ TABLES = {
     "countdown-solving": lambda: solving("countdown"),
     "sudoku-variants": lambda: variants("sudoku"),
     "countdown-variants": lambda: variants("countdown"),
-    "countdown-runs": lambda: compare(runs("countdown-cpu") + runs("countdown-long"), CD3),
-    "countdown-operands": lambda: compare(sum(map(runs, OPERANDS), []), FINAL, "task", operands),
-    "countdown-sampling": lambda: pivot(SAMPLING, {"change": change}, LONG),
+    "countdown-runs": countdown_runs,
 }
 
 
