@@ -64,8 +64,11 @@ def problems(task):
 
 
 def within(right, tries):
-    """From right (n, TRIES) bool: the share of problems that so many tries solve, in expectation, without bias."""
-    tries = int(min(max(tries, 1), TRIES))
+    """From right (n, TRIES) bool: the share of problems that so many tries solve, in expectation, without bias. None
+    for less than one try."""
+    if tries < 1:
+        return None
+    tries = min(int(tries), TRIES)
     wrong = TRIES - right.sum(1)
     none = [np.prod((w - np.arange(tries)) / (TRIES - np.arange(tries))) for w in wrong]  # 0 where tries > w
     return 1 - np.mean(none)
