@@ -216,8 +216,8 @@ def optimizer(model):
 
 
 def looping_runs():
-    """LoopMDM's form, with the loop at three places, and what it is compared with."""
-    return runs("sudoku-loopmdm") + runs("sudoku-loopmdm-place") + runs("sudoku-loopmdm-deep")
+    """LoopMDM's form, with the loop at three places and S drawn or fixed, and what it is compared with."""
+    return sum((runs(f"sudoku-loopmdm{part}") for part in ("", "-place", "-fixed", "-deep")), [])
 
 
 def looped(model):
@@ -225,7 +225,7 @@ def looped(model):
     if model["loops"] == 1:
         return f"{model['layers']} layers, not looped"
     place = "late" if not model["tail_layers"] else "middle" if model["head_layers"] else "early"
-    return f"{shape(model)} ({place}), S drawn"
+    return f"{shape(model)} ({place}), S {'drawn' if model['loops_min'] else 'fixed'}"
 
 
 def countdown_runs():
