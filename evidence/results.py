@@ -8,6 +8,7 @@
     logs/NAME-seed*.jsonl         log.jsonl of a training run, or of several, one after the other
     logs/NAME-seed*-eval.jsonl    what `python sample.py --data FILE --json` printed
     logs/restarts-*.jsonl         what evidence/restarts.py printed
+    logs/solve-commands.txt       what python sample.py sudoku took and printed, by old and new defaults
 """
 
 import argparse
