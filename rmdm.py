@@ -493,7 +493,7 @@ def carried_loss(
     examples = dict(x0=x0, x_t=x_t, masked=masked, editable=editable)
     had, start = torch.zeros_like(x0[:, 0]), None
     if kept:
-        had = kept["had"]  # the loops that each kept example has had; 0: its place is free
+        had = kept["l"]  # the loops that each kept example has had; 0: its place is free
         sizes = f"a batch of {len(x0)} after one of {len(had)}"
         require(len(had) == len(x0), f"{sizes}: carried examples need equal ones")
         stays, start = had > 0, (kept["h"], had)
@@ -504,7 +504,7 @@ def carried_loss(
     nats, right, h = masked_nats(model, x0, x_t, masked, t, **options)
     had = had + grad_loops
     leaves = (right | ~masked).all(1) | (had >= oldest)
-    kept.update(examples, t=t, h=h, had=torch.where(leaves, 0, had))
+    kept.update(examples, t=t, h=h, l=torch.where(leaves, 0, had))
     return per_token(WEIGHTS[objective](t) * nats, right, masked, editable)
 
 

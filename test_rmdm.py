@@ -244,13 +244,13 @@ def test_carried_examples_stay_with_their_state_until_right_or_spent():
         model.zero_grad()
         value, _ = rmdm.carried_loss(model, x0, editable, carried, oldest=6, grad_loops=2, generator=g)
         value.backward()
-        x_t, l, now = carried["x_t"], carried["had"], carried["x0"]
-        stayed = before["had"] > 0 if before else torch.zeros(32, dtype=torch.bool)
+        x_t, l, now = carried["x_t"], carried["l"], carried["x0"]
+        stayed = before["l"] > 0 if before else torch.zeros(32, dtype=torch.bool)
         assert torch.equal(now, torch.where(stayed[:, None], before.get("x0", now), x0))
         assert not before or torch.equal(x_t[stayed], before["x_t"][stayed]) and stayed.any() and not stayed.all()
-        ages.append(torch.where(stayed, before.get("had", l), 0) + 2)
+        ages.append(torch.where(stayed, before.get("l", l), 0) + 2)
         for b in range(32):  # each alone, from h^0 on where it is new, and from the state that was kept where it is not
-            start = (before["h"][b : b + 1], before["had"][b : b + 1]) if stayed[b] else None
+            start = (before["h"][b : b + 1], before["l"][b : b + 1]) if stayed[b] else None
             logits, h = model(x_t[b : b + 1], carried["t"][b : b + 1], loops=2, supervise="all", start=start)
             right = ((logits[-1, 0].argmax(-1) == now[b]) | ~carried["masked"][b]).all()
             assert l[b] == (0 if right or ages[-1][b] >= 6 else ages[-1][b])
