@@ -761,24 +761,24 @@ def train(model, training, batch, evaluate, out, about=None, resume=False):
             if 0 < training.loops_min < L:  # (7)
                 loops = int(torch.randint(training.loops_min, L + 1, (), generator=generator, device=device))
             value, accuracy = compute(*batch(training.batch, generator), loops, run.kept)
-            norm = update(value, run.model, run.average, run.optimizers, training, run.step)
+            norm = update(value, run.model, run.average, run.optimizers, training, step)
             recent.append(torch.stack([value.detach(), accuracy, norm]))
-            last = run.step == training.steps
-            evaluating = last or run.step % training.eval_every == 0
-            saving = last or run.step % training.save_every == 0
-            if not (evaluating or saving or run.step % 25 == 0):
+            last = step == training.steps
+            evaluating = last or step % training.eval_every == 0
+            saving = last or step % training.save_every == 0
+            if not (evaluating or saving or step % 25 == 0):
                 continue
             mean, recent = torch.stack(recent).mean(0).tolist(), []
             run.seconds += time.perf_counter() - clock  # of training alone
-            bad = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {run.step}"
+            bad = f"the loss became {mean[0]}, its gradient {mean[2]}, by step {step}"
             require(math.isfinite(mean[0] + mean[2]), f"{bad}; the checkpoint in {out} is from before")
             bar.set_postfix(loss=f"{mean[0]:.4f}", accuracy=f"{mean[1]:.3f}", refresh=False)
             scores = evaluate(run.average) if evaluating else {}
-            entry = dict(step=run.step, loss=mean[0], accuracy=mean[1], **scores)
+            entry = dict(step=step, loss=mean[0], accuracy=mean[1], **scores)
             write_line(run.log, entry | dict(seconds=round(run.seconds, 1)))
             if scores:
                 shown = (f"{key} {value:.4g}" for key, value in scores.items())
-                bar.write(f"step {run.step}: loss {mean[0]:.4f}  {'  '.join(shown)}")
+                bar.write(f"step {step}: loss {mean[0]:.4f}  {'  '.join(shown)}")
             if saving:
                 run.save(last)
             clock = time.perf_counter()
@@ -814,8 +814,9 @@ def read_text(path, file=None, size=2**28):
 
 
 def data_text(about):
-    """The text of the file about["data"]. Its checksum is kept in `about`. Raises BadInput if a resumed run had
-    other data."""
+    """The text of the file about["data"]. Its checksum is kept in `about`.
+
+    Raises BadInput if a resumed run had other data."""
     text = read_text(about["data"])
     checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
     old = about.setdefault("sha256", checksum)

@@ -96,10 +96,9 @@ def solve(task, models, problems, steps=1, tries=1, first={}, again={}, generato
     After the first try, problems that are left get several tries in each round: 8, then 16, and so on, as far as a
     batch has room. Side by side in one batch they cost hardly more than one. All tries of a round are counted. A try
     ends as soon as it breaks a rule, or another one of its round has solved the problem."""
-    P, batch = len(problems), BATCH[models[0].coords.device.type]
+    P, N, batch = len(problems), len(models[0].config.coords), BATCH[models[0].coords.device.type]
     require(1 <= tries <= 10**6, "tries is from 1 to a million")
-    x, counts = np.zeros((P, len(models[0].config.coords)), int), np.zeros((4, P), int)
-    out = Solved(x, *counts, [None] * P, [])
+    out = Solved(np.zeros((P, N), int), *np.zeros((4, P), int), [None] * P, [])
     todo, began = np.arange(P), time.perf_counter()
     run = 0  # tries that each problem in `todo` has had
     bar = rmdm.progress(total=P, desc="solved", unit="problem", leave=False, delay=1)  # none in the first second

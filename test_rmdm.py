@@ -235,8 +235,9 @@ def test_loss_and_gradients_by_hand(objective, supervise, grad_loops):
     assert grads["v.weight"].any(1).tolist() == [l > L - back for l in range(1, L + 1)]
 
 
-def test_carried_examples_stay_with_their_state_until_right_or_spent():
-    model, carried, g = tiny(**OURS, loops=6), {}, generator()
+@pytest.mark.parametrize("inject", [True, False])
+def test_carried_examples_stay_with_their_state_until_right_or_spent(inject):
+    model, carried, g = tiny(**OURS | dict(inject=inject, loops=6)), {}, generator()
     editable, ages = torch.ones(32, 3, dtype=torch.bool), []
     for call in range(8):
         before = dict(carried)
@@ -258,6 +259,7 @@ def test_carried_examples_stay_with_their_state_until_right_or_spent():
             ce = F.cross_entropy(logits[:, 0].transpose(1, 2), now[b].expand(2, 3), reduction="none").mean(0)
             value = value - ce[carried["masked"][b]].sum() / 96
         assert abs(value.item()) < 1e-5 and all(w.grad is not None for w in model.parameters())
+        assert model.token.weight.grad.any()  # E learns without injection, too: from the examples that begin at h^0
     assert {2, 4, 6} == set(torch.cat(ages).tolist())
 
 

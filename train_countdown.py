@@ -500,7 +500,8 @@ def main():
     rmdm.set_threads(training=True)
     settings = rmdm.resumed_settings(parser, args, "countdown") if args.resume else chosen(args)
     config, training, about = settings
-    rmdm.begin(args.out, *settings, args.resume)  # before the data are made
+    if not args.resume:  # else `train` does it: the checkpoint is read once less
+        rmdm.begin(args.out, *settings)  # before the data are made
     seen, tests = data(about, training.seed)
     N, test = len(config.coords), tests["held-out operands"]
     x0 = torch.from_numpy(encode(*test)).long().to(device)

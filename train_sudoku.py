@@ -444,7 +444,8 @@ def main():
     rmdm.set_threads(training=True)
     settings = rmdm.resumed_settings(parser, args, "sudoku") if args.resume else chosen(args, device)
     config, training, about = settings
-    rmdm.begin(args.out, *settings, args.resume)  # before the data are made
+    if not args.resume:  # else `train` does it: the checkpoint is read once less
+        rmdm.begin(args.out, *settings)  # before the data are made
     seen, test = data(about, training.seed)
     x0 = torch.from_numpy(test[1]).long().to(device)
     blank = torch.from_numpy(test[0] == MASK).to(device)

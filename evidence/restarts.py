@@ -5,7 +5,7 @@ generated here, so that no public set is tuned on.
     python evidence/restarts.py countdown    # 64 generated problems, four operands, with held-out targets
 
 A variant is one JSON object a line: the share of tries that succeed, their mean loops, and what share of the problems
-would be solved for the operations of so many loops of the base model. This does not depend on the machine.
+would be solved for the operations of so many loops of the default's model. This does not depend on the machine.
 """
 
 import json

@@ -82,7 +82,7 @@ def training_flops(head, steps):
 
 def runs(name):
     """For each model of NAME, in the order of its files, a tuple of one dict a seed: its settings, its last line, and
-    `head`, the settings alone; `course`, all lines; `at`, {(file, T): scores}."""
+    `head`, the settings alone; `at`, {(file, T): scores}."""
     seeds = []
     for path in sorted(LOGS.glob(f"{name}-seed?.jsonl")):
         logs, at = [], {}
@@ -97,7 +97,7 @@ def runs(name):
             head, end = settings(log[0]), dict(log[max(log)])
             if "flops" not in end:
                 end["flops"] = training_flops(head, end["step"])
-            models.append(head | end | dict(head=head, course=[log[step] for step in sorted(log)], at=found))
+            models.append(head | end | dict(head=head, at=found))
         seeds.append(models)
     return list(zip(*seeds, strict=True))
 
@@ -235,9 +235,11 @@ def countdown_runs():
     def solved(T=None):
         return lambda model: model["at"][max(key for key in model["at"] if T in (None, key[1]))]["share"]
 
+    def name(model):
+        return f"{min(model['at'])[0]}, {shape(model)}, d = {model['width']}"
+
     columns = SIZE | MINUTES | HELD_OUT | {"T=1": solved(1), "T=8": solved(8), "one token a step": solved()}
     found = sum((runs(f"countdown-{name}") for name in ("cpu", "3", "4", "4-wide")), [])
-    name = lambda model: f"{min(model['at'])[0]}, {shape(model)}, d = {model['width']}"  # noqa: E731
     return compare(found, columns, "set, model", name)
 
 
