@@ -5,8 +5,9 @@ replaced by the token MASK, and fills them in over T denoising steps. R-MDM appl
 block L times inside each of these steps. So the network gets deeper without more parameters.
 
 This file needs PyTorch and tqdm, and can be copied alone. It works on any sequences of discrete tokens that
-all have the same length. Read it from the top: sections 1 to 4 are the papers' method, section 5 is our main
-addition, and the rest trains and keeps models. Other additions of ours are marked "ours" where they act.
+all have the same length. Read it from the top. Sections 1 and 3 are the papers' method alone. Sections 2 and
+4 are that, too, with options of ours, which are off by default and marked "ours". Section 5 is our main
+addition. The rest trains and keeps models.
 
     1. Schedule and forward process    eq. (1)           alpha, sample_t, corrupt
     2. Recursive transformer           eqs. (2), (7)     Config, Layer, RMDM
@@ -17,7 +18,7 @@ addition, and the rest trains and keeps models. Other additions of ours are mark
     7. What the scripts share                            override, run_script
 
 The equation numbers are this project's own; README.md lists the equations and all references. Eq. (8), tries,
-is in sample.py; only its noise is here.
+is in sample.py; only its noise and `give_up` are here.
     R-MDM: arXiv 2606.18022. LoopMDM: arXiv 2605.26106. Simple objective: arXiv 2602.15014.
 
 Letters used throughout:
@@ -62,8 +63,8 @@ def require(condition, message):
 
 
 # ---- 1. Schedule and forward process ----
-# To change the schedule, replace the first three functions. All else derives from them, but for the ordered
-# sampler, which reveals equally many tokens in each step, whatever the schedule.
+# To change the schedule, replace the first three functions. All else derives from them. How many tokens an
+# ordered step reveals does not depend on the schedule.
 
 def alpha(t):
     """The probability that an editable token is still visible at time t: 1 at t = 0, 0 at t = 1."""
@@ -107,14 +108,15 @@ def check_batch(x, editable):
 
 @dataclass
 class Config:
-    """The model. It is kept in the checkpoint. The defaults are the paper's form, as far as we know it."""
+    """The model. It is kept in the checkpoint. With the defaults its form is the paper's, as far as we know.
+    The sizes are ours."""
 
     vocab: int  # V, MASK included
     coords: tuple  # N; or, ours, one tuple of coordinates for each position (Sudoku: row, column, box)
     width: int = 64  # d: small enough to train in minutes on a CPU
     heads: int = 2  # attention heads: a few wide ones are faster on a CPU
     layers: int = 1  # K, the layers of the looped block: with one, all depth comes from the loops
-    loops: int = 8  # L: in the paper's form more gained little. With TrainConfig.carry only that of sampling
+    loops: int = 8  # L, and how many v^l there are. With TrainConfig.carry a training step runs grad_loops
     time: bool = True  # t is an input of f, as in eq. (2)
     head_layers: int = 0  # LoopMDM, eq. (7): layers that run once, before the loops
     tail_layers: int = 0  # LoopMDM, eq. (7): layers that run once, after the loops
@@ -153,7 +155,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.register_buffer("same", same, persistent=False)
         self.bias = None
-        if same is not None:  # even heads start by looking at such positions, odd heads by looking elsewhere
+        if same is not None:  # ours: even heads begin by looking at such positions, odd ones elsewhere
             sign = (-1.0) ** torch.arange(heads)
             self.bias = nn.Parameter(sign.view(heads, 1, 1, 1).repeat(1, len(same), 1, 1))
 
@@ -183,7 +185,8 @@ class RMDM(nn.Module):
     Where the papers, as far as we know them, leave something open, these are our choices. t goes as
     sinusoids through a linear map. The result is added to h^0, and before the Norm of each loop. Norm is a
     LayerNorm. v^l, the map of t and the last layer of D begin at zero. So at first all loops are alike, all
-    t are alike, and all tokens are equally likely. Beyond L loops the last v^l repeats."""
+    t are alike, and all tokens are equally likely. Beyond L loops the last v^l repeats. Layers, position
+    tables and the norm before D's last layer are ordinary ones."""
 
     def __init__(self, config):
         super().__init__()
@@ -233,7 +236,7 @@ class RMDM(nn.Module):
         """One loop of eq. (2): h^{l-1} and h^0 (B, N, d), l (B,) counted from 1, t (B,) -> h^l (B, N, d)."""
         h = h + self.v(l.clamp(max=self.config.loops) - 1)[:, None]  # h^{l-1} + v^l
         if self.config.time:
-            h = h + self.embed_time(t)
+            h = h + self.embed_time(t)  # f's t: where it enters is our choice
         if self.config.inject:
             h = h + h0  # ours
         return self.block(self.loop_norm(h))  # f(Norm(.))
@@ -256,11 +259,11 @@ class RMDM(nn.Module):
         M = min(grad_loops or L, L)
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         h, l = h0, torch.zeros_like(x_t[:, 0])
-        if start is not None:
+        if start is not None:  # ours
             h, l = torch.where((start[1] > 0)[:, None, None], start[0], h0), start[1]
         states = []
         for k in range(1, L + 1):
-            # This form avoids a graph break in torch.compile.
+            # (5): gradient in the last M loops alone. Written so, torch.compile takes it as one graph.
             with torch.set_grad_enabled(torch.is_grad_enabled() if k > L - M else False):
                 h = self.loop(h, h0, l + k, t)  # h^l
             states.append(h)
@@ -273,13 +276,13 @@ class RMDM(nn.Module):
         eps     LoopMDM's adaptive stop, eq. (7): an example stops, and costs nothing more, at the first loop
                 where ||h^l - h^{l-1}|| / ||h^l|| < eps. 0 = all loops are run
         noise   ours, eq. (8): the size of Gaussian noise that is added to h^0
-        start   ours: (h, l), to go on from h, which l (B,) earlier loops have made, perhaps with fewer tokens
-                revealed. The new ones reach the network by the injection of h^0 alone"""
+        start   ours: (h, l), to go on from h, which l (B,) earlier loops have made, perhaps when fewer tokens
+                were revealed. Tokens revealed since reach the network by the injection of h^0 alone"""
         L = loops or self.config.loops
         h0 = self.encode(x_t, t)  # h^0 = E(x_t, t)
         if noise:
             h0 = h0 + noise * torch.randn(h0.shape, generator=generator, device=h0.device)  # (8)
-        h, l = (h0, torch.zeros_like(x_t[:, 0])) if start is None else start
+        h, l = start or (h0, torch.zeros_like(x_t[:, 0]))
         final, used = torch.empty_like(h), torch.full_like(l, L)
         going = torch.arange(len(x_t), device=x_t.device)  # the examples that have not stopped
         for k in range(1, L + 1):
@@ -336,18 +339,18 @@ def loss(model, x0, editable, objective="simple", supervise="all", grad_loops=0,
 def per_token(nats, right, masked, editable):
     """Nats (R, B) per editable token, and the share of the masked tokens that is right."""
     nats = nats.mean(0)  # (5): the mean over loops. To give them other weights, such as l/L, do it here
-    value = nats.sum() / editable.sum().clamp(min=1)  # ours: no larger where N is
+    value = nats.sum() / editable.sum().clamp(min=1)  # ours: per token, so that it does not grow with N
     return value, (right & masked).sum() / masked.sum().clamp(min=1)
 
 
 @torch.no_grad()
-def nelbo(model, x0, editable, loops=None, generator=None):
+def nelbo(model, x0, editable, generator=None):
     """One unbiased estimate of the NELBO, eq. (3), at the final loop, for each example: (B,) nats.
 
     Its mean is an upper bound of the mean of -log p(x0 at the editable positions | the other positions)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
-    return nelbo_weight(t) * masked_nats(model, x0, x_t, masked, t, loops=loops)[0][0]  # (3)
+    return nelbo_weight(t) * masked_nats(model, x0, x_t, masked, t)[0][0]  # (3)
 
 
 # ---- 4. Sampler ----
@@ -404,8 +407,8 @@ def sample(
                  the two likeliest tokens ("margin"), of the lowest "entropy", or "random" ones
     loops, eps   loops in each step; with eps at most so many, see RMDM.infer
     threshold    ours: each step also reveals all tokens whose top probability reaches it, to save steps
-    temperature  1 draws tokens from p_theta, 0 takes the likeliest, which is right for puzzles. Default: 1 in
-                 ancestral order, else 0. The order is always judged at temperature 1
+    temperature  1 draws tokens from p_theta, 0 takes the likeliest. Default: 1 in ancestral order, else 0.
+                 The order is always judged at temperature 1
     noise        ours: on h^0, drawn anew at every step, eq. (8)
     later_loops  ours: each step after the first goes on from the h of the step before, with so many loops. It
                  needs `inject`. Default: every step begins at h^0, with `loops` loops, as in the paper
@@ -414,7 +417,8 @@ def sample(
 
     An example costs nothing once it is full, nor in an ancestral step that reveals none of its tokens."""
     editable = x == MASK if editable is None else editable
-    counts, sizes = (steps, loops, later_loops), (eps, noise, temperature, threshold)
+    counts = dict(steps=steps, loops=loops, later_loops=later_loops)
+    sizes = dict(eps=eps, noise=noise, temperature=temperature, threshold=threshold)
     check_sampling(model, x, editable, order, counts, sizes)
     temperature = float(order == "ancestral") if temperature is None else temperature
     x, masked = torch.where(editable, MASK, x), editable  # a MASK that is not editable stays
@@ -431,7 +435,7 @@ def sample(
             t = alpha_inverse(1 - masked[i].sum(1) / editable[i].sum(1))
         if not len(i):
             continue
-        go_on = later_loops and left < steps
+        go_on = later_loops and left < steps  # ours
         L, start = (later_loops, (last_h[i], used_loops[i])) if go_on else (loops, None)
         with autocast(x.device):
             logits, h, used = model.infer(x[i], t, L, eps, noise, generator, start)
@@ -442,13 +446,13 @@ def sample(
         if order != "ancestral":
             reveal = torch.zeros_like(masked)
             reveal[i] = reveal_ordered(masked[i], p, left, order, threshold, generator)
-        token = p.argmax(-1)
+        token = p.argmax(-1)  # (6): the likeliest token, or one drawn from p_theta
         if temperature:
             drawn = (logits.double() / temperature).softmax(-1).flatten(0, 1)
             token = torch.multinomial(drawn, 1, generator=generator).view(token.shape)
         x[i] = torch.where(reveal[i], token, x[i])
         masked = masked & ~reveal
-        if give_up is not None:
+        if give_up is not None:  # ours
             masked = masked & ~give_up(x)[:, None]
         used_steps[i] += 1
         used_loops[i] += used
@@ -464,12 +468,12 @@ def check_sampling(model, x, editable, order, counts, sizes):
     V = model.config.vocab
     require(not x.numel() or 0 <= x.min() and x.max() < V, f"x has a token that is not from 0 to {V - 1}")
     require(order in ORDERS, f"order is one of {', '.join(ORDERS)}, not {order!r}")
-    good = all(1 <= n <= 10**6 for n in counts if n is not None)
+    good = all(1 <= n <= 10**6 for n in counts.values() if n is not None)
     require(good, "steps, loops and later_loops are from 1 to a million")
-    good = all(0 <= size < math.inf for size in sizes if size is not None)
+    good = all(0 <= size < math.inf for size in sizes.values() if size is not None)
     require(good, "eps, noise, temperature and threshold are finite, and at least 0")
-    (*_, later_loops), (*_, threshold) = counts, sizes
-    plain = threshold is None and later_loops is None
+    later_loops = counts["later_loops"]
+    plain = sizes["threshold"] is None and later_loops is None
     require(plain or order != "ancestral", "threshold and later_loops need an order other than ancestral")
     require(later_loops is None or model.config.inject, "later_loops needs a model with inject=true")
 
@@ -484,10 +488,10 @@ def carried_loss(
     `kept` is a dict, empty at first. From call to call it keeps the examples, which of their tokens are
     masked, and their h. A call runs `grad_loops` loops of each example, from the h that was kept. An example
     leaves when all its masked tokens are right, or when it has had `oldest` loops or more. In the next call
-    the example of x0 in the same row takes its place. Rows of x0 whose place is taken are thrown away.
+    row i of x0 fills place i if that is free, and is thrown away if not.
 
-    It helps for two reasons. An example gets many loops though a training step pays for few. And hard
-    examples stay longer than easy ones. For this second reason the value is no estimate of (3) or (4)."""
+    Two things change. An example gets many loops though a training step pays for few. And hard examples stay
+    longer than easy ones, so that the value is no estimate of (3) or (4)."""
     t = sample_t(len(x0), generator, x0.device)
     x_t, masked = corrupt(x0, t, editable, generator)
     examples = dict(x0=x0, x_t=x_t, masked=masked, editable=editable)
@@ -512,15 +516,17 @@ def carried_loss(
 
 @dataclass
 class TrainConfig:
+    """The training. The papers' optimizer, rates and averaging are unknown to us. Those here are ours."""
+
     steps: int = 4000  # some minutes of one core for a small model
-    batch: int = 32  # twice or half as many gained nothing in pilots
-    objective: str = "simple"  # eq. (4); or elbo, eq. (3)
-    supervise: str = "all"  # eq. (5): the loss at all loops, as in the paper, or at the final one
-    grad_loops: int = 0  # eq. (5): only the last so many loops have gradient (needs inject); 0 = all
+    batch: int = 32
+    objective: str = "simple"  # eq. (4), of another paper than R-MDM; or elbo, eq. (3)
+    supervise: str = "all"  # eq. (5): the loss at all loops (deep supervision), or at the final one
+    grad_loops: int = 0  # eq. (5): only the last so many loops have gradient (needs inject or carry); 0 = all
     loops_min: int = 0  # LoopMDM, eq. (7): each step draws from loops_min..loops; 0 = always `loops`
-    carry: int = 0  # ours: an example stays for so many loops, `grad_loops` a step; 0 = for one step
+    carry: int = 0  # ours: an example stays until it is right, or for so many loops; 0 = for one step
     muon: bool = True  # for the matrices inside the layers; with AdamW alone learning was slower
-    lr: float = 0.02  # of Muon; best of three rates if all loops are supervised, else try 0.007
+    lr: float = 0.02  # of Muon; best of three in short runs with the loss at all loops. Else try less
     lr_rest: float = 4e-3  # of AdamW, for the other parameters: a fifth of lr; without Muon for all
     warmup: int = 100  # steps in which the rate rises; it falls linearly all the time, to zero after the last
     weight_decay: float = 0.01  # of both optimizers; torch's default for AdamW
